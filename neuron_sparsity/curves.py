@@ -1,0 +1,209 @@
+"""CETT curves: for every layer, how large an error each threshold makes, and which threshold a given CETT needs.
+
+1. `probe_curves` takes the contributions of a few hundred tokens, and the CETT at 16 of their quantiles.
+2. `CurveRecorder` rides on a dense pass and measures the CETT of a handful of thresholds exactly, on every token.
+3. `CettCurves.thresholds_at` inverts the curve by monotone cubic interpolation in (log CETT, log threshold).
+
+CETT: arXiv:2411.02335, Eq. 3; one threshold a layer, the same CETT for all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy.interpolate import PchipInterpolator
+from torch import Tensor
+
+from neuron_sparsity import kernels
+from neuron_sparsity.adapter import MLPAdapter
+from neuron_sparsity.corpus import Windows
+from neuron_sparsity.errors import MeasurementError
+from neuron_sparsity.kernels.reference import contributions
+from neuron_sparsity.metrics import EXACT_ZERO_THRESHOLD
+
+__all__ = ["CettCurves", "CurveRecorder", "probe_curves"]
+
+_PROBE_QUANTILES = torch.cat((torch.logspace(-2, -0.5, 5), torch.linspace(0.4, 0.9, 6), 1 - torch.logspace(-1.3, -3, 5)))
+
+
+@dataclass(frozen=True, eq=False)
+class CettCurves:
+    """What was measured of every layer's CETT on the dense run's activations.
+
+    Attributes:
+        threshold: Cuts on the contribution, ascending.
+        cett: CETT at each.
+        activation_ratio: Share of (token, neuron) pairs with `c >= threshold`.
+        maximum: Largest contribution seen.
+        silent_tokens: Tokens whose MLP output is exactly zero; left out of the CETT.
+        n_tokens: Tokens measured.
+    """
+
+    threshold: Float[np.ndarray, "layer k"]
+    cett: Float[np.ndarray, "layer k"]
+    activation_ratio: Float[np.ndarray, "layer k"]
+    maximum: Float[np.ndarray, " layer"]
+    silent_tokens: Int[np.ndarray, " layer"]
+    n_tokens: int
+
+    def thresholds_at(self, cett: float) -> list[float]:
+        """Return the threshold of every layer for one CETT.
+
+        Args:
+            cett: Target; 0 gives the threshold that cuts only exact zeros, 1 or more the one that cuts everything.
+
+        Returns:
+            One number a layer, each exactly representable as a float32.
+        """
+        return [float(np.float32(self._threshold_at(layer, cett))) for layer in range(len(self.threshold))]
+
+    def _threshold_at(self, layer: int, cett: float) -> float:
+        maximum = np.float32(self.maximum[layer])
+        if cett <= 0 or maximum <= 0:
+            return EXACT_ZERO_THRESHOLD
+        above = float(np.nextafter(maximum, np.float32(np.inf)))
+        if cett >= 1:
+            return above
+        log_cett, log_threshold = self._increasing(layer, above)
+        return float(np.clip(np.exp(_interpolate(log_cett, log_threshold, np.log(cett))), EXACT_ZERO_THRESHOLD, above))
+
+    def _increasing(self, layer: int, above: float) -> tuple[np.ndarray, np.ndarray]:
+        """The layer's points as (log CETT, log threshold), both strictly increasing, up to (1, everything cut)."""
+        pairs = sorted(zip(self.threshold[layer], self.cett[layer], strict=True)) + [(above, 1.0)]
+        kept: list[tuple[float, float]] = []
+        for threshold, cett in pairs:
+            if cett > 0 and threshold > 0 and (not kept or (cett > kept[-1][0] and threshold > kept[-1][1])):
+                kept.append((cett, threshold))
+        points = np.log(np.array(kept, dtype=np.float64))
+        return points[:, 0], points[:, 1]
+
+    def to_json(self, blocks: Sequence[int]) -> list[dict[str, Any]]:
+        """Return one object a layer: its thresholds, CETT and activation ratio."""
+        return [
+            {
+                "layer": int(block),
+                "threshold": [float(t) for t in self.threshold[layer]],
+                "cett": [float(e) for e in self.cett[layer]],
+                "activation_ratio": [float(r) for r in self.activation_ratio[layer]],
+            }
+            for layer, block in enumerate(blocks)
+        ]
+
+    def joined(self, other: CettCurves) -> CettCurves:
+        """Return both curves' points as one; they must be of the same tokens."""
+        order = np.argsort(np.concatenate((self.threshold, other.threshold), axis=1), axis=1, kind="stable")
+
+        def both(name: str) -> np.ndarray:
+            values = np.concatenate((getattr(self, name), getattr(other, name)), axis=1)
+            return np.take_along_axis(values, order, axis=1)
+
+        return CettCurves(
+            threshold=both("threshold"),
+            cett=both("cett"),
+            activation_ratio=both("activation_ratio"),
+            maximum=np.maximum(self.maximum, other.maximum),
+            silent_tokens=self.silent_tokens,
+            n_tokens=self.n_tokens,
+        )
+
+
+class CurveRecorder:
+    """Sums up CETT and activation ratio at given thresholds while a dense pass runs: `on_post` is its hook.
+
+    Args:
+        adapter: The model.
+        thresholds: Cuts on the contribution, ascending in each layer; NaN is refused.
+    """
+
+    def __init__(self, adapter: MLPAdapter, thresholds: Float[np.ndarray, "layer k"]) -> None:
+        n_layers, n_cuts = thresholds.shape
+        self.adapter = adapter
+        self.thresholds = thresholds.astype(np.float32)
+        self.error = torch.zeros(n_layers, n_cuts, dtype=torch.float64)
+        self.active = torch.zeros(n_layers, n_cuts, dtype=torch.int64)
+        self.maximum = torch.zeros(n_layers)
+        self.heard = torch.zeros(n_layers, dtype=torch.int64)
+        self.n_tokens = torch.zeros(n_layers, dtype=torch.int64)
+
+    def on_post(self, layer: int, z: Float[Tensor, "batch pos neuron"]) -> None:
+        """Add a batch of one layer's post-activations."""
+        flat = z.reshape(-1, z.shape[-1])
+        w_norm = self.adapter.w_norms[layer]
+        cuts = torch.from_numpy(self.thresholds[layer])
+        error, active, full = kernels.tail_error(flat, w_norm, self.adapter.w_out(layer), cuts)
+        if not torch.isfinite(full).all():
+            raise MeasurementError(
+                f"layer {self.adapter.info.layers[layer]}: post-activations are NaN or infinite; check the weights, "
+                "or use --dtype float32"
+            )
+        heard = full > 0
+        self.error[layer] += (error[:, heard] / full[heard]).double().sum(dim=1).cpu()
+        self.active[layer] += active.cpu()
+        self.heard[layer] += heard.sum().cpu()
+        self.n_tokens[layer] += len(flat)
+        largest = torch.maximum(flat.amax(dim=0), -flat.amin(dim=0)).float() * w_norm
+        self.maximum[layer] = max(float(self.maximum[layer]), float(largest.max()))
+
+    def curves(self) -> CettCurves:
+        """Return what was measured so far. A layer that never put out anything has CETT 0 everywhere."""
+        pairs = (self.n_tokens * self.adapter.info.d_mlp).clamp_min(1)
+        return CettCurves(
+            threshold=self.thresholds.astype(np.float64),
+            cett=(self.error / self.heard.clamp_min(1)[:, None]).numpy(),
+            activation_ratio=(self.active.double() / pairs[:, None]).numpy(),
+            maximum=self.maximum.numpy().astype(np.float64),
+            silent_tokens=(self.n_tokens - self.heard).numpy(),
+            n_tokens=int(self.n_tokens[0]),
+        )
+
+
+def probe_curves(adapter: MLPAdapter, windows: Windows, *, n_rows: int = 256) -> CettCurves:
+    """Return coarse curves over the whole range of thresholds, from a few hundred tokens of two windows.
+
+    Good to a few percent of the CETT: enough to place the thresholds that a full pass then measures.
+    """
+    recorders: list[CurveRecorder] = []
+    grids: list[np.ndarray] = []
+    chosen = sorted({0, windows.n_windows // 2})
+    stride = max(1, len(chosen) * windows.window // n_rows)
+
+    def on_post(layer: int, z: Tensor) -> None:
+        rows = z.reshape(-1, z.shape[-1])[::stride]
+        c = contributions(rows, adapter.w_norms[layer]).flatten()
+        positive = c[c > 0].sort().values
+        if not torch.isfinite(c.sum()):
+            block = adapter.info.layers[layer]
+            raise MeasurementError(f"layer {block}: post-activations are NaN or infinite; check the weights")
+        at = (_PROBE_QUANTILES * (len(positive) - 1)).long().to(c.device) if len(positive) else None
+        grid = np.ones(len(_PROBE_QUANTILES)) if at is None else positive[at].double().cpu().numpy()
+        recorder = CurveRecorder(adapter, np.broadcast_to(grid, (adapter.info.n_layers, len(grid))))
+        recorder.on_post(layer, rows[None])
+        recorders.append(recorder)
+        grids.append(grid)
+
+    with torch.no_grad():
+        adapter.final_residual(windows.tokens[chosen].long(), on_post)
+    layers = [recorder.curves() for recorder in recorders]
+    return CettCurves(
+        threshold=np.stack(grids),
+        cett=np.stack([curve.cett[i] for i, curve in enumerate(layers)]),
+        activation_ratio=np.stack([curve.activation_ratio[i] for i, curve in enumerate(layers)]),
+        maximum=np.array([curve.maximum[i] for i, curve in enumerate(layers)]),
+        silent_tokens=np.array([curve.silent_tokens[i] for i, curve in enumerate(layers)]),
+        n_tokens=int(recorders[0].n_tokens[0]),
+    )
+
+
+def _interpolate(x: np.ndarray, y: np.ndarray, at: float) -> float:
+    """Monotone cubic inside the points, straight beyond their ends."""
+    if len(x) == 1:
+        return float(y[0] + (at - x[0]))
+    if at < x[0] or at > x[-1]:
+        i = 0 if at < x[0] else len(x) - 2
+        return float(y[i] + (at - x[i]) * (y[i + 1] - y[i]) / (x[i + 1] - x[i]))
+    return float(PchipInterpolator(x, y)(at))

@@ -1,0 +1,235 @@
+"""The few operations that touch every (token, neuron) pair: validated here, computed by `reference`.
+
+Everything that measures neurons (recorder, CETT curves, `sparsify`, per-token ranking) goes through these ops, so
+that a faster implementation of one of them serves all. `c = |z| * w_norm` is a neuron's contribution, always rounded
+to float32 once, so that every op and every backend agrees on which side of a threshold a neuron falls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from neuron_sparsity.kernels import reference
+from neuron_sparsity.kernels.reference import N_BINS
+
+__all__ = [
+    "N_BINS",
+    "StatisticsState",
+    "contribution_topk",
+    "global_rank",
+    "histogram_edges",
+    "neuron_statistics",
+    "tail_error",
+    "threshold_mask",
+]
+
+
+@dataclass
+class StatisticsState:
+    """Running statistics of one layer's neurons, updated in place by `neuron_statistics`.
+
+    Counts are int64, sums float64: each call adds a float32 sum over 128 tokens, so that counts are exact and the
+    relative error of a sum stays near 1e-7 however many tokens follow.
+    """
+
+    n_tokens: int
+    nonzero_count: Int[Tensor, " neuron"]
+    activation_sum: Float[Tensor, " neuron"]
+    contribution_sum: Float[Tensor, " neuron"]
+    contribution_sq_sum: Float[Tensor, " neuron"]
+    histogram: Int[Tensor, "neuron bin"]
+    thresholds: Float[Tensor, " threshold"]
+    above_count: Int[Tensor, "neuron threshold"]
+
+    @classmethod
+    def zeros(
+        cls, n_neuron: int, thresholds: Float[Tensor, " threshold"] | None = None, device: str | torch.device = "cpu"
+    ) -> StatisticsState:
+        """Return the state of `n_neuron` neurons before the first token."""
+        cuts = torch.empty(0) if thresholds is None else thresholds
+
+        def sums() -> Tensor:
+            return torch.zeros(n_neuron, dtype=torch.float64, device=device)
+
+        return cls(
+            n_tokens=0,
+            nonzero_count=torch.zeros(n_neuron, dtype=torch.int64, device=device),
+            activation_sum=sums(),
+            contribution_sum=sums(),
+            contribution_sq_sum=sums(),
+            histogram=torch.zeros(n_neuron, N_BINS, dtype=torch.int64, device=device),
+            thresholds=cuts.to(device=device, dtype=torch.float32),
+            above_count=torch.zeros(n_neuron, len(cuts), dtype=torch.int64, device=device),
+        )
+
+
+def histogram_edges() -> Float[Tensor, " bin"]:
+    """Return the lower edge of each bin of the contribution histogram.
+
+    Bin 0 holds everything below 2^-20, exact zeros too; the last bin is open above.
+
+    Returns:
+        Float64, [64]: 0, 2^-20, 1.5 * 2^-20, 2^-19, 1.5 * 2^-19, ..., 2^11.
+
+    Example:
+        >>> histogram_edges()[-3:].tolist()
+        [1024.0, 1536.0, 2048.0]
+    """
+    position = torch.arange(N_BINS, dtype=torch.float64) - 1
+    edges = torch.exp2(torch.floor(position / 2) - 20) * torch.where(position % 2 == 0, 1.0, 1.5)
+    edges[0] = 0.0
+    return edges
+
+
+def neuron_statistics(
+    z: Float[Tensor, "token neuron"], w_norm: Float[Tensor, " neuron"], state: StatisticsState
+) -> Float[Tensor, " neuron"]:
+    """Add the tokens of `z` to a layer's running statistics, in one pass.
+
+    Args:
+        z: Post-activations, batch and pos flattened.
+        w_norm: Norm of each neuron's output weights, float32.
+        state: What was seen so far; updated in place.
+
+    Returns:
+        Float32: the largest contribution of each neuron among these tokens.
+
+    Raises:
+        ValueError: If shapes disagree.
+
+    Example:
+        >>> state = StatisticsState.zeros(2)
+        >>> neuron_statistics(torch.tensor([[3.0, 0.0], [-4.0, 1.0]]), torch.tensor([1.0, 2.0]), state)
+        tensor([4., 2.])
+        >>> state.n_tokens, state.contribution_sum.tolist(), state.nonzero_count.tolist()
+        (2, [7.0, 2.0], [2, 1])
+    """
+    _check(z, w_norm)
+    if len(state.contribution_sum) != z.shape[1]:
+        raise ValueError(f"state is for {len(state.contribution_sum)} neurons, z has {z.shape[1]}")
+    return reference.neuron_statistics(z, w_norm, state)
+
+
+def tail_error(
+    z: Float[Tensor, "token neuron"],
+    w_norm: Float[Tensor, " neuron"],
+    w_out: Float[Tensor, "neuron d_model"],
+    thresholds: Float[Tensor, " threshold"],
+) -> tuple[Float[Tensor, "threshold token"], Int[Tensor, " threshold"], Float[Tensor, " token"]]:
+    """Return the norm of the truncated tail's output for several thresholds at once.
+
+    The tail of a token at threshold `t` is its neurons with `c < t` (arXiv:2411.02335, Eq. 3).
+
+    Args:
+        z: Post-activations.
+        w_norm: Norm of each neuron's output weights.
+        w_out: Output weights.
+        thresholds: Cuts on the contribution.
+
+    Returns:
+        Norm of the tail's output; number of active (token, neuron) pairs; norm of the full output. Float32, int64.
+
+    Raises:
+        ValueError: If shapes disagree.
+
+    Example:
+        >>> error, active, full = tail_error(torch.tensor([[3.0, 4.0]]), torch.ones(2), torch.eye(2), torch.tensor([3.5]))
+        >>> error.tolist(), active.tolist(), full.tolist()
+        ([[3.0]], [1], [5.0])
+    """
+    _check(z, w_norm)
+    if w_out.dim() != 2 or w_out.shape[0] != z.shape[1]:
+        raise ValueError(f"w_out must be [{z.shape[1]}, d_model], got {list(w_out.shape)}")
+    return reference.tail_error(z, w_norm, w_out, thresholds)
+
+
+def threshold_mask(
+    z: Float[Tensor, "token neuron"], w_norm: Float[Tensor, " neuron"], threshold: float
+) -> Int[Tensor, " token"]:
+    """Set every activation whose contribution is below `threshold` to zero, in place.
+
+    Args:
+        z: Post-activations; changed.
+        w_norm: Norm of each neuron's output weights.
+        threshold: Cut on the contribution, as a float32.
+
+    Returns:
+        Number of active neurons of each token.
+
+    Raises:
+        ValueError: If shapes disagree or the threshold is NaN.
+
+    Example:
+        >>> z = torch.tensor([[3.0, -4.0]])
+        >>> threshold_mask(z, torch.ones(2), 3.5), z
+        (tensor([1]), tensor([[ 0., -4.]]))
+    """
+    _check(z, w_norm)
+    if threshold != threshold:
+        raise ValueError("threshold must be a number, got nan")
+    return reference.threshold_mask(z, w_norm, threshold)
+
+
+def contribution_topk(
+    z: Float[Tensor, "token neuron"], w_norm: Float[Tensor, " neuron"], k: int, *, largest: bool = False
+) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"]]:
+    """Return the k weakest (or strongest) neurons of each token by contribution.
+
+    Args:
+        z: Post-activations.
+        w_norm: Norm of each neuron's output weights.
+        k: How many, 1 to the number of neurons.
+        largest: The strongest instead of the weakest.
+
+    Returns:
+        Contributions and neuron indices, in order. Ties go to the smaller index; NaN counts as the largest.
+
+    Raises:
+        ValueError: If shapes disagree or k is out of range.
+
+    Example:
+        >>> contribution_topk(torch.tensor([[3.0, -1.0, 1.0]]), torch.ones(3), 2)
+        (tensor([[1., 1.]]), tensor([[1, 2]]))
+    """
+    _check(z, w_norm)
+    if not 1 <= k <= z.shape[1]:
+        raise ValueError(f"k must be between 1 and {z.shape[1]}, got {k}")
+    return reference.contribution_topk(z, w_norm, k, largest)
+
+
+def global_rank(scores: Float[Tensor, "layer neuron"], k: int) -> Int[Tensor, "k 2"]:
+    """Return (layer, neuron) of the k smallest scores of the whole model, ascending.
+
+    A library sort: a model has at most a few million neurons, and they are ranked once.
+
+    Args:
+        scores: One score a neuron.
+        k: How many, 0 to the number of neurons.
+
+    Returns:
+        Int64 pairs; ties go to the earlier layer, then the smaller index.
+
+    Raises:
+        ValueError: If a score is NaN or k is out of range.
+
+    Example:
+        >>> global_rank(torch.tensor([[3.0, 1.0], [0.5, 1.0]]), 3).tolist()
+        [[1, 0], [0, 1], [1, 1]]
+    """
+    if not 0 <= k <= scores.numel():
+        raise ValueError(f"k must be between 0 and {scores.numel()}, got {k}")
+    if torch.isnan(scores).any():
+        raise ValueError("scores must not be NaN; drop or replace the scores that could not be computed")
+    flat = reference.global_rank(scores, k)
+    return torch.stack((flat // scores.shape[1], flat % scores.shape[1]), dim=1)
+
+
+def _check(z: Tensor, w_norm: Tensor) -> None:
+    if z.dim() != 2:
+        raise ValueError(f"z must be [token, neuron], got {list(z.shape)}; flatten batch and pos")
+    if w_norm.shape != z.shape[1:]:
+        raise ValueError(f"w_norm must be [{z.shape[1]}], got {list(w_norm.shape)}")

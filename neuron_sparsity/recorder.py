@@ -1,0 +1,250 @@
+"""One streaming pass of a model over a corpus: the statistics of every neuron.
+
+1. Every batch runs up to the unembedding; each layer's post-activations go to `kernels.neuron_statistics`, window by
+   window, and are forgotten.
+2. Memory does not grow with the number of tokens: per neuron a few sums, 64 histogram bins and K examples.
+3. With a folder, the state is written there once a minute and when a signal asks to stop; the next call goes on from
+   it, and ends with the same bits as a recording that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from neuron_sparsity.adapter import MLPAdapter, attach
+from neuron_sparsity.corpus import Windows
+from neuron_sparsity.errors import MeasurementError, RunFolderError
+from neuron_sparsity.kernels import StatisticsState, neuron_statistics
+from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
+from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
+from neuron_sparsity.store import read_tensors, write_tensors
+
+__all__ = ["NeuronStatistics", "record"]
+
+PARTIAL = "record.partial.safetensors"
+_STATE = tuple(field.name for field in fields(StatisticsState) if field.name not in ("n_tokens", "thresholds"))
+
+
+def record(
+    model: Any,
+    windows: Windows,
+    *,
+    thresholds: Mapping[str, Sequence[float]] | None = None,
+    folder: str | Path | None = None,
+    n_examples: int = 5,
+    batch_size: int | None = None,
+    checkpoint_seconds: float = 60.0,
+    progress: Progress | None = None,
+) -> NeuronStatistics:
+    """Return the statistics of every MLP neuron of a model over a corpus, from one pass.
+
+    Args:
+        model: TransformerLens model or adapter.
+        windows: The corpus.
+        thresholds: Sets of thresholds on the contribution, one number a layer, whose exceedances are counted
+            exactly: `{"CETT-PPL-1%": result.thresholds}`.
+        folder: Where an interrupted recording is kept and taken up again, and where the result is saved.
+        n_examples: Top activating examples a neuron, at most one a window.
+        batch_size: Windows a forward pass; chosen from free memory if None. A resumed recording keeps its own.
+        checkpoint_seconds: How often the state is written to `folder`.
+        progress: Called after each batch.
+
+    Returns:
+        The statistics; saved in `folder` too, if one is given.
+
+    Raises:
+        MeasurementError: If post-activations are NaN or infinite, or memory runs out.
+        RunFolderError: If `folder` cannot be written or holds another recording.
+        ValueError: If a set of thresholds does not have one number a layer, or `n_examples` is negative.
+        KeyboardInterrupt: After SIGINT or SIGTERM, once the state is written.
+    """
+    adapter = attach(model)
+    if n_examples < 0:
+        raise ValueError(f"n_examples must be >= 0, got {n_examples}")
+    recording = _Recording(adapter, windows, thresholds or {}, n_examples)
+    path = None if folder is None else Path(folder) / PARTIAL
+    batch_size = recording.resume(path, batch_size) or batch_size or default_batch_size(adapter, windows.window)
+    written = time.monotonic()
+    with torch.no_grad(), _stop_requested(path is not None) as stop:
+        for start, tokens in batches(windows, batch_size, progress, "recording neurons", recording.next_window):
+            with memory_advice(batch_size, windows.window):
+                recording.add(start, tokens)
+            if path is not None and (stop.is_set() or time.monotonic() - written > checkpoint_seconds):
+                recording.write(path, batch_size)
+                written = time.monotonic()
+            if stop.is_set():
+                raise KeyboardInterrupt
+    stats = recording.finish()
+    if folder is not None and path is not None:
+        stats.save(folder)
+        path.unlink(missing_ok=True)
+    return stats
+
+
+class _Recording:
+    """The state of a recording between two batches."""
+
+    def __init__(
+        self, adapter: MLPAdapter, windows: Windows, thresholds: Mapping[str, Sequence[float]], n_examples: int
+    ) -> None:
+        info = adapter.info
+        self.adapter, self.windows, self.next_window = adapter, windows, 0
+        self.names = tuple(thresholds)
+        self.thresholds = torch.empty(info.n_layers, len(self.names))
+        for k, (name, cuts) in enumerate(thresholds.items()):
+            if len(cuts) != info.n_layers:
+                raise ValueError(f"thresholds {name!r} must have {info.n_layers} numbers, one a layer, got {len(cuts)}")
+            self.thresholds[:, k] = torch.tensor([float(cut) for cut in cuts])
+        self.states = [
+            StatisticsState.zeros(info.d_mlp, self.thresholds[layer], adapter.w_norms[layer].device)
+            for layer in range(info.n_layers)
+        ]
+        shape = (info.n_layers, info.d_mlp)
+        self.maximum = torch.zeros(shape)
+        self.example_value = torch.zeros(*shape, n_examples)
+        self.example_position = torch.full((*shape, n_examples), -1, dtype=torch.int64)
+
+    def add(self, start: int, tokens: Tensor) -> None:
+        """Add one batch; `start` is the index of its first window."""
+
+        def on_post(layer: int, z: Tensor) -> None:
+            w_norm, state = self.adapter.w_norms[layer], self.states[layer]
+            sinks = neuron_statistics(z[:, 0], w_norm, state)
+            self.maximum[layer] = torch.maximum(self.maximum[layer], sinks.cpu())
+            for row in range(len(z)):
+                best = neuron_statistics(z[row, 1:], w_norm, state)
+                self._examples(layer, start + row, z[row], best.cpu())
+
+        self.adapter.final_residual(tokens, on_post)
+        self.next_window = start + len(tokens)
+        for layer, state in enumerate(self.states):
+            if not torch.isfinite(state.activation_sum.sum()):
+                block = self.adapter.info.layers[layer]
+                raise MeasurementError(
+                    f"layer {block}: post-activations are NaN or infinite in windows {start} to {self.next_window - 1}; "
+                    "check the weights, or use --dtype float32"
+                )
+
+    def _examples(self, layer: int, window: int, z: Tensor, best: Float[Tensor, " neuron"]) -> None:
+        """Keep a window's largest contribution of each neuron where it is among the neuron's top K so far."""
+        self.maximum[layer] = torch.maximum(self.maximum[layer], best)
+        values, positions = self.example_value[layer], self.example_position[layer]
+        if values.shape[1] == 0:
+            return
+        better = (best > values[:, -1]).nonzero()[:, 0]
+        if len(better) == 0:
+            return
+        columns = z[1:, better.to(z.device)].float().abs_()
+        where = columns.max(dim=0).indices.cpu() + 1 + window * self.windows.window
+        new_values = torch.cat((values[better], best[better, None]), dim=1)
+        new_positions = torch.cat((positions[better], where[:, None]), dim=1)
+        order = new_values.argsort(dim=1, descending=True, stable=True)[:, :-1]
+        values[better], positions[better] = new_values.gather(1, order), new_positions.gather(1, order)
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self.adapter.info.fingerprint,
+            "corpus": self.windows.sha256,
+            "threshold_names": list(self.names),
+            "n_examples": self.example_value.shape[2],
+        }
+
+    def write(self, path: Path, batch_size: int) -> None:
+        """Write the state, so that a later call goes on from here."""
+        tensors = {name: torch.stack([getattr(state, name).cpu() for state in self.states]) for name in _STATE}
+        own = {name: getattr(self, name) for name in ("maximum", "example_value", "example_position", "thresholds")}
+        header = {"identity": self._identity(), "next_window": self.next_window, "batch_size": batch_size}
+        write_tensors(path, tensors | own, header)
+
+    def resume(self, path: Path | None, batch_size: int | None) -> int | None:
+        """Take up a state that was written; return its batch size, or None if there is none."""
+        if path is None or not path.is_file():
+            return None
+        tensors, header = read_tensors(path)
+        mend = f"delete {path} to start afresh"
+        same = header.get("identity") == self._identity() and torch.equal(
+            tensors.get("thresholds", torch.empty(0)), self.thresholds
+        )
+        if not same:
+            raise RunFolderError(f"{path} is of another recording; {mend}")
+        if batch_size is not None and batch_size != header["batch_size"]:
+            raise RunFolderError(
+                f"{path} was begun with batch size {header['batch_size']}, not {batch_size}; leave it out, or {mend}"
+            )
+        if not set(_STATE) <= set(tensors) or not 0 <= header["next_window"] <= self.windows.n_windows:
+            raise RunFolderError(f"{path} is damaged; {mend}")
+        self.next_window = header["next_window"]
+        for layer, state in enumerate(self.states):
+            state.n_tokens = self.next_window * self.windows.window
+            for name in _STATE:
+                getattr(state, name).copy_(tensors[name][layer])
+        for name in ("maximum", "example_value", "example_position"):
+            getattr(self, name).copy_(tensors[name])
+        return int(header["batch_size"])
+
+    def finish(self) -> NeuronStatistics:
+        """Return the statistics, with the text around each example."""
+        stacked = {name: torch.stack([getattr(state, name).cpu() for state in self.states]) for name in _STATE}
+        n_tokens = self.windows.n_tokens
+        context = _contexts(self.windows.tokens, self.example_position)
+        ids = [token for token in context.unique().tolist() if token >= 0]
+        tokenizer = self.adapter.model.tokenizer
+        return NeuronStatistics(
+            model=self.adapter.info,
+            corpus=self.windows.describe(),
+            n_tokens=n_tokens,
+            zero_count=n_tokens - stacked.pop("nonzero_count"),
+            contribution_max=self.maximum,
+            thresholds=self.thresholds,
+            threshold_names=self.names,
+            example_value=self.example_value,
+            example_position=self.example_position,
+            example_context=context,
+            token_strings={token: tokenizer.decode([token]) for token in ids} if tokenizer else {},
+            **stacked,
+        )
+
+
+def _contexts(tokens: Tensor, position: Tensor) -> Tensor:
+    """Gather the tokens around each example; -1 outside its window and where there is no example."""
+    n_pos = tokens.shape[1]
+    offset = torch.arange(CONTEXT_LENGTH) - CONTEXT_BEFORE
+    pos = position.remainder(n_pos)[..., None] + offset
+    window = position.clamp_min(0).div(n_pos, rounding_mode="floor")[..., None].expand_as(pos)
+    inside = (pos >= 0) & (pos < n_pos) & (position >= 0)[..., None]
+    gathered = tokens[window, pos.clamp(0, n_pos - 1)]
+    return torch.where(inside, gathered, -1).to(torch.int32)
+
+
+@contextmanager
+def _stop_requested(active: bool) -> Iterator[threading.Event]:
+    """Turn the first SIGINT or SIGTERM into an event; a second one acts at once. Only in the main thread."""
+    stop = threading.Event()
+    if not active or threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

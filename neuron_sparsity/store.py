@@ -1,0 +1,225 @@
+"""The run folder: tensors as safetensors, everything else as JSON, written atomically, never pickle.
+
+A folder belongs to one run: one model, one corpus. `run.json` says which, and every file names its schema version.
+A file is written beside its place and then moved there, so that a kill at any moment leaves the old file or the new
+one, never half of one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from neuron_sparsity.errors import RunFolderError
+
+__all__ = ["SCHEMA", "RunFolder", "provenance", "read_json", "read_tensors", "write_bytes", "write_json", "write_tensors"]
+
+SCHEMA = 1
+_PACKAGES = ("neuron_sparsity", "torch", "transformer_lens", "transformers", "numpy", "safetensors", "circuitsvis")
+
+
+def provenance(*, seed: int = 0, command: str | None = None) -> dict[str, Any]:
+    """Return what is needed to run a measurement again: versions, seed and command.
+
+    Example:
+        >>> sorted(provenance(command="neuron-sparsity record"))
+        ['command', 'seed', 'versions']
+    """
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return {"versions": versions, "seed": seed, "command": command if command is not None else "python"}
+
+
+class RunFolder:
+    """One run on disk.
+
+    Args:
+        path: The folder; made if it is not there.
+        request: What the run is about (model, corpus, options); None opens a folder that must exist.
+
+    Raises:
+        RunFolderError: If the folder cannot be written, holds another run or foreign files, or is damaged or newer.
+    """
+
+    def __init__(self, path: str | Path, request: Mapping[str, Any] | None = None) -> None:
+        self.path = Path(path)
+        if request is None:
+            if not (self.path / "run.json").is_file():
+                raise RunFolderError(f"{self.path} is no run folder (it has no run.json); name a folder made by `record`")
+            self.request = read_json(self.path / "run.json")
+            return
+        self.request = json.loads(json.dumps(dict(request)))
+        _make_folder(self.path)
+        if (self.path / "run.json").exists():
+            self._check_same(read_json(self.path / "run.json"))
+        elif any(entry.name[0] != "." for entry in self.path.iterdir()):
+            raise RunFolderError(f"{self.path} holds other files and no run.json; name an empty or new folder with --out")
+        else:
+            write_json(self.path / "run.json", self.request)
+
+    def _check_same(self, found: dict[str, Any]) -> None:
+        for key, value in self.request.items():
+            if found.get(key) != value:
+                raise RunFolderError(
+                    f"{self.path} holds another run ({key}: {_brief(found.get(key))}, not {_brief(value)}); "
+                    "name another folder with --out"
+                )
+
+    def file(self, name: str) -> Path:
+        """Return the path of a file of this run."""
+        return self.path / name
+
+    def has(self, name: str) -> bool:
+        """Return whether a file of this run is there."""
+        return self.file(name).is_file()
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a JSON object atomically, with its schema version; NaN and infinity become null.
+
+    Raises:
+        RunFolderError: If the file cannot be written.
+    """
+    text = json.dumps({"schema": SCHEMA} | _finite(dict(data)), indent=1, allow_nan=False)
+    write_bytes(path, text.encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of this package.
+
+    Raises:
+        RunFolderError: If it is missing, damaged, no object, or of a newer schema.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RunFolderError(f"{path} does not exist; the step that writes it has not run") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path} cannot be read ({_reason(error)}); run the step that writes it again") from error
+    _check_schema(path, data.get("schema") if isinstance(data, dict) else None)
+    return data
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    """Write tensors and a JSON header as one safetensors file, atomically.
+
+    Raises:
+        RunFolderError: If the file cannot be written.
+    """
+    from safetensors.torch import save
+
+    text = json.dumps({"schema": SCHEMA} | _finite(dict(header)), allow_nan=False)
+    write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}, {"header": text}))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read tensors and header of a file that `write_tensors` wrote.
+
+    Raises:
+        RunFolderError: If it is missing, damaged or of a newer schema.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = json.loads((file.metadata() or {})["header"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except FileNotFoundError:
+        raise RunFolderError(f"{path} does not exist; the step that writes it has not run") from None
+    except (OSError, ValueError, KeyError, SafetensorError, RecursionError) as error:
+        raise RunFolderError(f"{path} cannot be read ({_reason(error)}); run the step that writes it again") from error
+    _check_schema(path, header.get("schema") if isinstance(header, dict) else None)
+    return tensors, header
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all.
+
+    Raises:
+        RunFolderError: If it cannot be written (no permission, disk full).
+    """
+    temporary = None
+    try:
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+        temporary = None
+    except OSError as error:
+        raise RunFolderError(_cannot_write(path, error)) from error
+    finally:
+        if temporary is not None and os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def decode(path: Path, build: Callable[[], Any]) -> Any:
+    """Build a result from a file's content; what does not fit becomes a one-line error that names the file.
+
+    Raises:
+        RunFolderError: If a key is missing or a value has the wrong type.
+    """
+    try:
+        return build()
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise RunFolderError(f"{path} is damaged ({_reason(error)}); run the step that writes it again") from error
+
+
+def _check_schema(path: Path, schema: Any) -> None:
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise RunFolderError(f"{path} is no file of neuron_sparsity (no schema number); name a folder made by `record`")
+    if schema > SCHEMA:
+        raise RunFolderError(
+            f"{path} has schema {schema}, this version reads up to {SCHEMA}; `pip install -U neuron-sparsity`"
+        )
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        descriptor, probe = tempfile.mkstemp(dir=path, prefix=".probe.")
+        os.close(descriptor)
+        os.unlink(probe)
+    except FileExistsError:
+        raise RunFolderError(f"{path} is a file; name a folder with --out") from None
+    except OSError as error:
+        raise RunFolderError(_cannot_write(path, error)) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    if error.errno == errno.ENOSPC:
+        return f"{path} cannot be written: the disk is full; free some space or name another folder with --out"
+    return f"{path} cannot be written ({error.strerror or error}); name another folder with --out"
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

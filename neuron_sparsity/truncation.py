@@ -1,0 +1,262 @@
+"""Run a model with its weak neurons cut, token by token: `sparsify` on TransformerLens, `apply_thresholds` on plain HF.
+
+A neuron whose contribution `|z| * ||W_out||` lies below its layer's threshold gives nothing to that token's output.
+Both are context managers and leave no hook behind, whatever happens inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from neuron_sparsity import kernels
+from neuron_sparsity.adapter import MLPAdapter, attach
+from neuron_sparsity.corpus import Windows
+from neuron_sparsity.kernels.reference import contributions
+from neuron_sparsity.perplexity import Progress, token_losses
+
+__all__ = ["TokenActivity", "Truncation", "apply_thresholds", "sparsify", "token_activity", "truncated_losses"]
+
+
+class Truncation:
+    """Counts what was active while a model ran truncated.
+
+    Attributes:
+        thresholds: One a layer.
+        active: (token, neuron) pairs that stayed active, a layer.
+        pairs: All pairs, a layer.
+    """
+
+    def __init__(self, thresholds: Sequence[float]) -> None:
+        self.thresholds = [float(threshold) for threshold in thresholds]
+        self.active = torch.zeros(len(thresholds), dtype=torch.int64)
+        self.pairs = torch.zeros(len(thresholds), dtype=torch.int64)
+
+    @property
+    def layer_activation_ratios(self) -> list[float]:
+        """Active pairs over all pairs of each layer, in the truncated runs so far."""
+        return (self.active.double() / self.pairs.clamp_min(1)).tolist()
+
+    @property
+    def activation_ratio(self) -> float:
+        """Mean of the layers' activation ratios."""
+        ratios = self.layer_activation_ratios
+        return sum(ratios) / len(ratios)
+
+    def cut(self, layer: int, z: Float[Tensor, "*rows neuron"], w_norm: Float[Tensor, " neuron"]) -> Tensor:
+        """Return `z` with the weak neurons zero, and count."""
+        flat = z.reshape(-1, z.shape[-1])
+        if torch.is_grad_enabled() and flat.requires_grad:
+            kept = contributions(flat.detach(), w_norm) >= self.thresholds[layer]
+            flat, active = flat * kept, kept.sum()
+        else:
+            active = kernels.threshold_mask(flat, w_norm, self.thresholds[layer]).sum()
+        self.active[layer] += active.cpu()
+        self.pairs[layer] += flat.numel()
+        return flat.view(z.shape)
+
+
+@contextmanager
+def sparsify(model: Any, result: Any) -> Iterator[Truncation]:
+    """Truncate a model while the context is open: anything run inside sees only its strong neurons.
+
+    Args:
+        model: TransformerLens model or adapter.
+        result: SparsityResult, or one threshold a layer.
+
+    Yields:
+        A Truncation, which counts active neurons of every token that passes.
+
+    Raises:
+        ValueError: If the result is of another model, or there is not one threshold a layer.
+    """
+    adapter = attach(model)
+    truncation = Truncation(_thresholds(result, adapter.info.n_layers))
+    found = getattr(getattr(result, "model", None), "fingerprint", adapter.info.fingerprint)
+    if found != adapter.info.fingerprint:
+        raise ValueError(f"the result was measured on {result.model.name} with other weights; measure this model first")
+    with adapter.hooked(lambda layer, z: truncation.cut(layer, z, adapter.w_norms[layer])):
+        yield truncation
+
+
+@contextmanager
+def apply_thresholds(hf_model: nn.Module, result: Any) -> Iterator[Truncation]:
+    """Truncate a plain Hugging Face model with the thresholds of a result; its source is not edited.
+
+    The down projection of each layer is found by its shape, `d_mlp -> d_model`, inside the decoder's layers.
+
+    Args:
+        hf_model: Causal language model of transformers with the weights that were measured.
+        result: SparsityResult (also one read back from `sparsity.json`).
+
+    Yields:
+        A Truncation, which counts active neurons.
+
+    Raises:
+        ValueError: If the layers cannot be told apart, or the weights are not the measured ones (a model measured
+            in compatibility mode has other output weights than its plain form).
+    """
+    info = result.model
+    projections = _down_projections(hf_model, info.d_mlp, info.d_model, info.n_layers)
+    norms = [_projection_norms(module, info.d_mlp) for module in projections]
+    for layer, norm in zip(result.layers, norms, strict=True):
+        if abs(float(norm.mean()) - layer.w_norm_mean) > 1e-3 * layer.w_norm_mean:
+            raise ValueError(
+                f"layer {layer.layer}: output weights differ from those measured on {info.name} ({info.weights}); "
+                "measure this model as loaded, without folding or centring"
+            )
+    truncation = Truncation(_thresholds(result, info.n_layers))
+    with ExitStack() as stack:
+        for index, module in enumerate(projections):
+
+            def before(module: nn.Module, args: tuple[Tensor, ...], index: int = index) -> tuple[Tensor, ...]:
+                return (truncation.cut(index, args[0], norms[index]), *args[1:])
+
+            stack.callback(module.register_forward_pre_hook(before).remove)
+        yield truncation
+
+
+def truncated_losses(
+    adapter: MLPAdapter,
+    windows: Windows,
+    thresholds: Sequence[float],
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    label: str = "truncated pass",
+) -> tuple[Float[Tensor, "window pos"], Truncation]:
+    """Return the next-token losses of the truncated model, and what was active."""
+    truncation = Truncation(thresholds)
+    losses = token_losses(
+        adapter,
+        windows,
+        on_post=lambda layer, z: truncation.cut(layer, z, adapter.w_norms[layer]),
+        batch_size=batch_size,
+        progress=progress,
+        label=label,
+    )
+    return losses, truncation
+
+
+@dataclass(frozen=True, eq=False)
+class TokenActivity:
+    """How much of each layer is active on each token of a passage.
+
+    Attributes:
+        token_ids: The passage.
+        token_strings: Its tokens as text.
+        activation_ratio: Share of the layer's neurons with `c >= threshold` on the dense run.
+        definition: What counts as active.
+        corpus: Where the passage is from (`Windows.describe`, with the window's index).
+    """
+
+    token_ids: list[int]
+    token_strings: list[str]
+    activation_ratio: Float[Tensor, "layer pos"]
+    definition: str
+    corpus: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        ratios = [[round(value, 5) for value in row] for row in self.activation_ratio.tolist()]
+        return {
+            "token_ids": self.token_ids,
+            "token_strings": self.token_strings,
+            "activation_ratio": ratios,
+            "definition": self.definition,
+            "corpus": self.corpus,
+        }
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> TokenActivity:
+        return cls(
+            [int(token) for token in data["token_ids"]],
+            [str(text) for text in data["token_strings"]],
+            torch.tensor(data["activation_ratio"]),
+            str(data["definition"]),
+            dict(data["corpus"]),
+        )
+
+
+def token_activity(
+    model: Any, windows: Windows, result: Any, *, window: int = 0, n_tokens: int = 128
+) -> TokenActivity:
+    """Return each layer's activation ratio on every token of one window's beginning (the paper's token-wise view).
+
+    Args:
+        model: TransformerLens model or adapter.
+        windows: The corpus.
+        result: SparsityResult, or one threshold a layer.
+        window: Which window.
+        n_tokens: How many of its tokens, from its start.
+
+    Returns:
+        Ratios [layer, pos] on the dense run.
+
+    Raises:
+        ValueError: If there is no such window.
+    """
+    if not 0 <= window < windows.n_windows:
+        raise ValueError(f"window must be between 0 and {windows.n_windows - 1}, got {window}")
+    adapter = attach(model)
+    cuts = _thresholds(result, adapter.info.n_layers)
+    tokens = windows.tokens[window, :n_tokens]
+    ratio = torch.zeros(adapter.info.n_layers, len(tokens))
+
+    def on_post(layer: int, z: Tensor) -> None:
+        active = contributions(z[0], adapter.w_norms[layer]) >= cuts[layer]
+        ratio[layer] = active.float().mean(dim=1).cpu()
+
+    with torch.no_grad():
+        adapter.final_residual(tokens[None].long(), on_post)
+    tokenizer = adapter.model.tokenizer
+    definition = f"contribution >= the layer's {result.name} threshold" if hasattr(result, "name") else "given thresholds"
+    return TokenActivity(
+        tokens.tolist(),
+        [tokenizer.decode([token]) for token in tokens.tolist()] if tokenizer else [str(t) for t in tokens.tolist()],
+        ratio,
+        definition,
+        windows.describe() | {"window_index": window, "document": windows.documents[window]},
+    )
+
+
+def _thresholds(result: Any, n_layers: int) -> list[float]:
+    cuts = list(getattr(result, "thresholds", result))
+    if len(cuts) != n_layers:
+        raise ValueError(f"need one threshold for each of {n_layers} layers, got {len(cuts)}")
+    if any(not cut >= 0 for cut in cuts):
+        raise ValueError("thresholds must be >= 0 and not NaN")
+    return [float(cut) for cut in cuts]
+
+
+def _down_projections(hf_model: nn.Module, d_mlp: int, d_model: int, n_layers: int) -> list[nn.Module]:
+    """Find each layer's down projection: the module whose weight maps d_mlp to d_model, once a layer, in order."""
+    stacks = [m for m in hf_model.modules() if isinstance(m, nn.ModuleList) and len(m) >= n_layers]
+    for stack in stacks:
+        found = [[m for m in layer.modules() if _maps(m, d_mlp, d_model)] for layer in stack]
+        found = [candidates for candidates in found if candidates]
+        if len(found) == n_layers and all(len(candidates) == 1 for candidates in found):
+            return [candidates[0] for candidates in found]
+    raise ValueError(
+        f"no list of {n_layers} layers with one projection {d_mlp} -> {d_model} each in {type(hf_model).__name__}; "
+        "give the plain Hugging Face model that was measured"
+    )
+
+
+def _maps(module: nn.Module, d_in: int, d_out: int) -> bool:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2 or any(True for _ in module.children()):
+        return False
+    transposed = type(module).__name__ == "Conv1D"
+    return tuple(weight.shape) == ((d_in, d_out) if transposed else (d_out, d_in))
+
+
+def _projection_norms(module: nn.Module, d_mlp: int) -> Float[Tensor, " neuron"]:
+    weight: Tensor = module.weight.detach()  # type: ignore[assignment, union-attr, operator]
+    rows = weight if type(module).__name__ == "Conv1D" else weight.t()
+    return rows.float().norm(dim=1)
