@@ -211,6 +211,7 @@ class _Recording:
             example_value=self.example_value,
             example_position=self.example_position,
             example_context=context,
+            w_norm=torch.stack([norm.cpu() for norm in self.adapter.w_norms]),
             token_strings={token: tokenizer.decode([token]) for token in ids} if tokenizer else {},
             **stacked,
         )

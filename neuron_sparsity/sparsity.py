@@ -339,16 +339,18 @@ class _Search:
         return truncated_losses(self.adapter, windows, thresholds, label=label, **self.options)
 
 
-def next_cett(points: Sequence[tuple[float, float]], target: float) -> float:
+def next_cett(points: Sequence[tuple[float, float]], target: float, *, prior_slope: float = 2.0) -> float:
     """Return the CETT to try next, from (CETT, rise of the mean loss in nats) of the passes so far.
 
-    log(rise) is nearly a straight line in log(CETT), of slope about two. Far from the target the two points nearest
+    log(rise) is nearly a straight line in log(CETT), of slope about two. (The same holds of the share of neurons
+    removed for good, with a slope of about one: `ablation` uses this too.) Far from the target the two points nearest
     to it give the line; close to it the points scatter by rounding, and all near ones are shifted along the common
     slope and averaged, so that the search does not chase the jitter.
 
     Args:
         points: At least one.
         target: Rise that is wanted, > 0.
+        prior_slope: Slope while there are too few points to tell.
 
     Returns:
         In (0, 1]; at most four times away from the nearest point, and inside the bracket if there is one.
@@ -360,7 +362,7 @@ def next_cett(points: Sequence[tuple[float, float]], target: float) -> float:
     risen = sorted(((math.log(e), math.log(d)) for e, d in points if d > 0), key=lambda p: abs(p[1] - math.log(target)))
     if not risen:
         return min(1.0, 2 * max(e for e, _ in points))
-    slope = _slope(risen)
+    slope = _slope(risen, prior_slope)
     near = [(x, y) for x, y in risen if abs(y - math.log(target)) < 0.25] or risen[:1]
     proposal = float(np.mean([x + (math.log(target) - y) / slope for x, y in near]))
     proposal = min(max(proposal, risen[0][0] - math.log(4)), risen[0][0] + math.log(4))
@@ -379,14 +381,14 @@ def next_cett(points: Sequence[tuple[float, float]], target: float) -> float:
     return math.exp(min(proposal, 0.0))
 
 
-def _slope(risen: Sequence[tuple[float, float]]) -> float:
-    """Slope of log(rise) over log(CETT) by least squares through the points near the target; two if they are one."""
+def _slope(risen: Sequence[tuple[float, float]], prior: float) -> float:
+    """Slope of log(rise) over log(CETT) by least squares through the points near the target, if they lie apart."""
     chosen = risen[:4]
     x = np.array([p[0] for p in chosen])
     y = np.array([p[1] for p in chosen])
     if len(chosen) < 2 or np.ptp(x) < 0.1:
-        return 2.0
-    return float(np.clip(np.polyfit(x, y, 1)[0], 0.8, 5.0))
+        return prior
+    return float(np.clip(np.polyfit(x, y, 1)[0], 0.4 * prior, 2.5 * prior))
 
 
 def _ascending(rows: Sequence[Sequence[float]]) -> Float[np.ndarray, "layer k"]:

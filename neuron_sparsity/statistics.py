@@ -48,6 +48,7 @@ class NeuronStatistics:
             Position 0 of a window is an attention sink in most models and is never an example.
         example_context: Token ids around it; the token itself at index 16; -1 outside the window.
         token_strings: String of every token id in `example_context`.
+        w_norm: Norm of each neuron's output weights.
     """
 
     model: ModelInfo
@@ -66,13 +67,16 @@ class NeuronStatistics:
     example_position: Int[Tensor, "layer neuron example"]
     example_context: Int[Tensor, "layer neuron example context"]
     token_strings: dict[int, str]
+    w_norm: Float[Tensor, "layer neuron"]
 
     @property
     def n_layers(self) -> int:
+        """Layers with an MLP."""
         return int(self.zero_count.shape[0])
 
     @property
     def d_mlp(self) -> int:
+        """Neurons a layer."""
         return int(self.zero_count.shape[1])
 
     @property
@@ -139,6 +143,7 @@ class NeuronStatistics:
             corpus=_merge_corpus(self.corpus, other.corpus),
             thresholds=self.thresholds,
             threshold_names=self.threshold_names,
+            w_norm=self.w_norm,
             contribution_max=torch.maximum(self.contribution_max, other.contribution_max),
             token_strings=self.token_strings | other.token_strings,
             **added,

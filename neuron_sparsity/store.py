@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -20,7 +21,18 @@ from typing import Any
 
 from neuron_sparsity.errors import RunFolderError
 
-__all__ = ["SCHEMA", "RunFolder", "provenance", "read_json", "read_tensors", "write_bytes", "write_json", "write_tensors"]
+__all__ = [
+    "SCHEMA",
+    "RunFolder",
+    "decode",
+    "provenance",
+    "read_json",
+    "read_tensors",
+    "to_json_text",
+    "write_bytes",
+    "write_json",
+    "write_tensors",
+]
 
 SCHEMA = 1
 _PACKAGES = ("neuron_sparsity", "torch", "transformer_lens", "transformers", "numpy", "safetensors", "circuitsvis")
@@ -39,7 +51,14 @@ def provenance(*, seed: int = 0, command: str | None = None) -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {"versions": versions, "seed": seed, "command": command if command is not None else "python"}
+    return {"versions": versions, "seed": seed, "command": _own_command() if command is None else command}
+
+
+def _own_command() -> str:
+    """The command line, if it is this package's; `python` for scripts and notebooks, whose arguments are their own."""
+    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
+    ours = program == "neuron-sparsity" or Path(sys.argv[0]).parent.name == "neuron_sparsity"
+    return shlex.join(["neuron-sparsity", *sys.argv[1:]]) if ours else "python"
 
 
 class RunFolder:
@@ -57,7 +76,9 @@ class RunFolder:
         self.path = Path(path)
         if request is None:
             if not (self.path / "run.json").is_file():
-                raise RunFolderError(f"{self.path} is no run folder (it has no run.json); name a folder made by `record`")
+                raise RunFolderError(
+                    f"{self.path} is no run folder (it has no run.json); name a folder made by `record`"
+                )
             self.request = read_json(self.path / "run.json")
             return
         self.request = json.loads(json.dumps(dict(request)))
@@ -65,7 +86,9 @@ class RunFolder:
         if (self.path / "run.json").exists():
             self._check_same(read_json(self.path / "run.json"))
         elif any(entry.name[0] != "." for entry in self.path.iterdir()):
-            raise RunFolderError(f"{self.path} holds other files and no run.json; name an empty or new folder with --out")
+            raise RunFolderError(
+                f"{self.path} holds other files and no run.json; name an empty or new folder with --out"
+            )
         else:
             write_json(self.path / "run.json", self.request)
 
@@ -94,6 +117,16 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """
     text = json.dumps({"schema": SCHEMA} | _finite(dict(data)), indent=1, allow_nan=False)
     write_bytes(path, text.encode())
+
+
+def to_json_text(data: Mapping[str, Any]) -> str:
+    """Return a JSON object as text, with the schema version; NaN and infinity become null.
+
+    Example:
+        >>> to_json_text({"ppl": float("nan")})
+        '{"schema": 1, "ppl": null}'
+    """
+    return json.dumps({"schema": SCHEMA} | _finite(dict(data)), allow_nan=False)
 
 
 def read_json(path: Path) -> dict[str, Any]:

