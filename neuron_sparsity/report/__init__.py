@@ -1,0 +1,44 @@
+"""The report: every view of a run on one page that opens offline.
+
+`views` has one function per view, each returning an HTML fragment; `page` puts fragments into one file. A report is
+made from results alone and never needs the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from neuron_sparsity.report.page import Report, build
+
+if TYPE_CHECKING:
+    from neuron_sparsity.ablation import AblationResult
+    from neuron_sparsity.recorder import NeuronStatistics
+    from neuron_sparsity.sparsity import SparsityResult, TokenActivity
+
+__all__ = ["Report", "report"]
+
+
+def report(
+    stats: NeuronStatistics,
+    result: SparsityResult | None = None,
+    removed: AblationResult | None = None,
+    *,
+    passage: TokenActivity | None = None,
+    title: str | None = None,
+) -> Report:
+    """Return one page that shows a run; it opens offline and sends no request.
+
+    Args:
+        stats: Statistics of every neuron.
+        result: The CETT-PPL-p% search; without it, its sections say how to get it.
+        removed: The removable set; without it, its section says how to get it.
+        passage: Activation ratio of a passage, layer by token.
+        title: Title of the page; by default it names the model.
+
+    Returns:
+        The page: `.save("report.html")` writes it, a notebook shows it. The same input gives the same bytes.
+
+    Raises:
+        ValueError: If the parts come from different models, or disagree in shape.
+    """
+    return build(stats, result, removed, passage=passage, title=title)

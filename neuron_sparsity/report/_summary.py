@@ -1,0 +1,142 @@
+"""The summary: the run in one sentence, and the headline cards, each with what its number was measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from neuron_sparsity.report import _classes as classes
+from neuron_sparsity.report._classes import array
+from neuron_sparsity.report._fragments import card
+from neuron_sparsity.report._text import count, join, number, percent_of, replacement, signed, target, visible
+
+if TYPE_CHECKING:
+    from neuron_sparsity.ablation import AblationResult
+    from neuron_sparsity.recorder import NeuronStatistics
+    from neuron_sparsity.sparsity import SparsityResult
+
+__all__ = ["headline", "summary"]
+
+_DEAD = target(100 * classes.DEAD)
+
+
+def _measured_on(model: Any, corpus: Mapping[str, Any], definition: str) -> str:
+    tokens, window = corpus.get("n_tokens"), corpus.get("window")
+    where = f"{visible(model.name)} on {visible(corpus.get('name', '?'))}"
+    return f"{where}, {count(tokens)} tokens in windows of {count(window)}. {definition}"
+
+
+def _n_neurons(stats: NeuronStatistics) -> int:
+    return int(array(stats.zero_count).size)
+
+
+def _rise(removed: AblationResult) -> float:
+    return 100.0 * (removed.ppl_ablated / removed.ppl_dense - 1.0)
+
+
+def _holds(removed: AblationResult) -> str:
+    heldout = removed.heldout
+    if not heldout:
+        return "not checked on held-out text"
+    rise = signed(heldout["ppl_increase_percent"])
+    if heldout.get("holds"):
+        return f"holds on held-out text ({rise})"
+    return f"does not hold on held-out text: {rise} there, over the target of {target(removed.p_percent)}"
+
+
+def headline(
+    stats: NeuronStatistics, result: SparsityResult | None = None, removed: AblationResult | None = None
+) -> str:
+    """Return the whole run in one plain sentence or two."""
+    total, model = _n_neurons(stats), visible(stats.model.name)
+    said = []
+    if result is not None and result.reached:
+        needed = percent_of(result.activation_ratio)
+        said.append(
+            f"{model} needs {needed} of its MLP neurons on an average token to stay within {target(result.p_percent)} "
+            f"of its perplexity; the other {percent_of(result.sparsity_ratio)} can idle."
+        )
+    elif result is not None:
+        said.append(
+            f"No truncation of {model} raises perplexity by {target(result.p_percent)}: the target was not reached, so "
+            "there is no sparsity to report at it."
+        )
+    if removed is not None:
+        held = f"; this {_holds(removed)}" if removed.heldout else ""
+        said.append(f"{count(removed.n_removable)} of {count(total)} neurons can go for good{held}.")
+    active = classes.activity(stats, result)
+    dead = int(classes.class_counts(active).dead.sum())
+    said.append(f"{count(dead) if dead else 'None'} of {count(total)} neurons {'is' if dead == 1 else 'are'} dead.")
+    return Markup('<p class="headline">{}</p>').format(" ".join(said))
+
+
+def summary(
+    stats: NeuronStatistics, result: SparsityResult | None = None, removed: AblationResult | None = None
+) -> str:
+    """Return the headline cards: sparsity, idle neurons beside removable ones, dead neurons."""
+    cards = []
+    if result is not None:
+        cards += [_sparsity_card(result), _idle_card(result, _n_neurons(stats))]
+    if removed is not None:
+        cards.append(_removable_card(removed))
+    cards.append(_dead_card(stats, result))
+    return Markup('{}<div class="cards">{}</div>').format(headline(stats, result, removed), join(cards))
+
+
+def _sparsity_card(result: SparsityResult) -> Markup:
+    label = f"Activation ratio at CETT-PPL-{result.p_percent:g}%"
+    definition = "Active: contribution at or above the layer's threshold; mean over layers."
+    on = _measured_on(result.model, result.corpus, definition)
+    rise = signed(result.ppl_increase_percent)
+    change = f"Perplexity {number(result.ppl_dense, 4)} → {number(result.ppl_sparse, 4)} ({rise})."
+    if not result.reached:
+        lines = [
+            f"No CETT in [0, 1] raises perplexity by {target(result.p_percent)}.",
+            f"At CETT {number(result.cett)}: {change[0].lower()}{change[1:]}",
+        ]
+        return card(label, "not reached", lines, on, tone="warn")
+    lines = [f"Sparsity ratio {number(result.sparsity_ratio)}, at CETT {number(result.cett)}.", change]
+    if not result.converged:
+        lines.append(f"The search ended outside its tolerance of {number(result.tolerance_percent)} points.")
+    return card(label, number(result.activation_ratio), lines, on)
+
+
+def _idle_card(result: SparsityResult, total: int) -> Markup:
+    on = _measured_on(result.model, result.corpus, "Which neurons idle changes from token to token.")
+    if not result.reached:
+        return card("Idle on an average token", "n/a", ["The target was not reached."], on, tone="warn")
+    lines = [f"of {count(total)} neurons, {percent_of(result.sparsity_ratio)}: others on the next token."]
+    return card("Idle on an average token", count(result.sparsity_ratio * total), lines, on)
+
+
+def _removable_card(removed: AblationResult) -> Markup:
+    share = percent_of(removed.n_removable / removed.n_neurons)
+    lines = [
+        f"of {count(removed.n_neurons)} neurons, {share}: gone for every token, perplexity {signed(_rise(removed))}."
+    ]
+    held = _holds(removed)
+    lines.append(f"{held[0].upper()}{held[1:]}.")
+    limit = f"at most +{target(removed.p_percent)}"
+    definition = f"In order of {visible(removed.ranking)}, replaced by {replacement(removed)}, {limit}."
+    tone = "warn" if removed.heldout and not removed.heldout.get("holds") else ""
+    return card(
+        "Removable for good",
+        count(removed.n_removable),
+        lines,
+        _measured_on(removed.model, removed.corpus, definition),
+        tone=tone,
+    )
+
+
+def _dead_card(stats: NeuronStatistics, result: SparsityResult | None) -> Markup:
+    active, total = classes.activity(stats, result), _n_neurons(stats)
+    counts, zero = classes.class_counts(active), classes.exactly_zero(stats)
+    dead = int(counts.dead.sum())
+    lines = [
+        f"of {count(total)} neurons, {percent_of(dead / total)}: active on under {_DEAD} of tokens.",
+        f"Never active: {count(counts.never.sum())}. Exactly zero on every token: {count(zero.never.sum())}.",
+    ]
+    definition = f"Active: {visible(active.definition)}."
+    return card("Dead neurons", count(dead), lines, _measured_on(stats.model, stats.corpus, definition))

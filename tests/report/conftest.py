@@ -1,0 +1,241 @@
+"""A run of SmolLM2's shape without a model: stand-ins with the attributes the report reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+EXAMPLES, CONTEXT, CENTRE = 5, 24, 16
+WORDS = [
+    " the",
+    " of",
+    " and",
+    ",",
+    ".",
+    " America",
+    " government",
+    " peace",
+    "\n",
+    " to",
+    " we",
+    " Congress",
+    " shall",
+    " people",
+    " a",
+    " in",
+    " year",
+    " —",
+    "ing",
+    "’s",
+]
+
+
+def model(n_layers: int, d_mlp: int, name: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name,
+        n_layers=n_layers,
+        d_model=576,
+        d_mlp=d_mlp,
+        activation="silu",
+        gated=True,
+        dtype="float32",
+        weights="as loaded",
+        fingerprint="c0ffee",
+        layers=tuple(range(n_layers)),
+    )
+
+
+def corpus(name: str, n_tokens: int, window: int) -> dict[str, Any]:
+    n_windows = max(n_tokens // window, 1)
+    return {
+        "name": name,
+        "sha256": "9f2c" * 16,
+        "n_tokens": n_tokens,
+        "window": window,
+        "n_windows": n_windows,
+        "scored_tokens": n_tokens - n_windows,
+        "bos": True,
+        "packing": "apart",
+        "stride": window,
+    }
+
+
+@dataclass
+class Run:
+    """The arguments of `report`."""
+
+    stats: SimpleNamespace
+    result: SimpleNamespace
+    removed: SimpleNamespace
+    passage: SimpleNamespace
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def make_run(
+    n_layers: int = 4,
+    d_mlp: int = 48,
+    n_tokens: int = 16_384,
+    *,
+    name: str = "smollm2-135m",
+    words: list[str] | None = None,
+    n_passage: int = 24,
+) -> Run:
+    random = np.random.default_rng(0)
+    words = words or WORDS
+    info, text = model(n_layers, d_mlp, name), corpus("sotu", n_tokens, 512)
+    shift = random.normal(0.0, 1.1, (n_layers, d_mlp)) + np.linspace(-0.5, 0.8, n_layers)[:, None]
+    frequency = 1 / (1 + np.exp(-1.6 * (shift + 0.5)))
+    above = random.binomial(n_tokens, frequency)
+    above[:, : max(d_mlp // 200, 2)] = 0
+    above[:, -2:] = n_tokens
+    above[0, 2:5] = [3, int(0.005 * n_tokens), int(0.9999 * n_tokens)]
+    zero = np.where(above == 0, random.binomial(n_tokens, 0.9, above.shape), 0)
+    zero[0, :2] = n_tokens
+    total = np.exp(shift - 2.5 + 0.4 * random.normal(size=shift.shape)) * n_tokens * (zero < n_tokens)
+    value = -np.sort(-np.exp(shift[:, :, None] + 0.4 * random.normal(size=(*shift.shape, EXAMPLES))), axis=2)
+    value[zero == n_tokens] = 0
+    position = random.integers(0, n_tokens, value.shape)
+    position[zero == n_tokens] = -1
+    context = random.integers(0, len(words), (*value.shape, CONTEXT))
+    context[:, :, 1, :9] = -1
+    context[zero == n_tokens] = -1
+    thresholds = np.linspace(0.05, 0.4, n_layers, dtype=np.float32)[:, None]
+    stats = SimpleNamespace(
+        model=info,
+        corpus=text,
+        n_tokens=n_tokens,
+        zero_count=torch.from_numpy(zero.astype(np.int64)),
+        contribution_sum=torch.from_numpy(total),
+        contribution_max=torch.from_numpy(value[:, :, 0].astype(np.float32)),
+        thresholds=torch.from_numpy(thresholds),
+        above_count=torch.from_numpy(above.astype(np.int64))[:, :, None],
+        threshold_names=("CETT-PPL-1%",),
+        example_value=torch.from_numpy(value.astype(np.float32)),
+        example_position=torch.from_numpy(position.astype(np.int64)),
+        example_context=torch.from_numpy(context.astype(np.int32)),
+        token_strings=dict(enumerate(words)),
+        activation_frequency_at=lambda threshold: torch.from_numpy(above / n_tokens),
+    )
+    ratio = above.mean(axis=1) / n_tokens
+    result = make_result(info, text, thresholds[:, 0], ratio)
+    removed = make_removed(info, text, stats)
+    activity = np.clip(
+        0.3 + 0.4 * random.random((n_layers, n_passage)) * np.linspace(0.6, 1.3, n_layers)[:, None], 0, 1
+    )
+    strings = ["<|endoftext|>", *(words[i % len(words)] for i in range(n_passage - 1))]
+    passage = SimpleNamespace(
+        token_ids=list(range(n_passage)),
+        token_strings=strings,
+        activation_ratio=torch.from_numpy(activity.astype(np.float32)),
+        definition="contribution at or above the layer's CETT-PPL-1% threshold",
+        corpus=text,
+    )
+    return Run(stats, result, removed, passage)
+
+
+def make_result(info: Any, text: dict[str, Any], thresholds: np.ndarray, ratio: np.ndarray) -> SimpleNamespace:
+    mean, dense, cett = float(ratio.mean()), 14.237, 0.2034
+    layers = tuple(
+        SimpleNamespace(layer=i, threshold=float(t), cett=cett - 1e-4 * i, activation_ratio=float(r))
+        for i, (t, r) in enumerate(zip(thresholds, ratio, strict=True))
+    )
+    rises = [
+        (0.0, -0.01, 1.0),
+        (0.1, 0.12, 0.83),
+        (0.19, 0.81, mean + 0.02),
+        (cett, 1.02, mean),
+        (0.25, 2.1, mean - 0.05),
+        (0.5, 38.0, mean * 0.5),
+        (1.0, 91_000.0, 0.001),
+    ]
+    evaluations = tuple(
+        {"cett": c, "ppl": dense * (1 + rise / 100), "ppl_increase_percent": rise, "activation_ratio": a}
+        for c, rise, a in rises
+    )
+    grid = np.linspace(0, 1, 200)
+    curves = tuple(
+        {
+            "layer": i,
+            "threshold": grid.tolist(),
+            "cett": (grid ** (1.5 + i / len(ratio))).tolist(),
+            "activation_ratio": ((1 - grid) ** (1.4 + 0.6 * i / len(ratio))).tolist(),
+        }
+        for i in range(len(ratio))
+    )
+    return SimpleNamespace(
+        p_percent=1.0,
+        reached=True,
+        ppl_dense=dense,
+        ppl_sparse=dense * 1.0102,
+        ppl_increase_percent=1.02,
+        cett=cett,
+        activation_ratio=mean,
+        sparsity_ratio=1 - mean,
+        layers=layers,
+        model=info,
+        corpus=text,
+        cost={"forward_passes": 9.5, "seconds": 214.7},
+        provenance={
+            "versions": {"torch": "2.13.0", "transformer_lens": "4.3.0"},
+            "seed": 0,
+            "command": "neuron-sparsity report smollm2-135m --p 1 --out run",
+        },
+        evaluations=evaluations,
+        curves=curves,
+        converged=True,
+        tolerance_percent=0.05,
+    )
+
+
+def make_removed(info: Any, text: dict[str, Any], stats: Any) -> SimpleNamespace:
+    mean = (stats.contribution_sum / stats.n_tokens).numpy()
+    n_neurons = mean.size
+    n_removable = n_neurons // 35
+    chosen = np.argsort(mean.ravel(), kind="stable")[:n_removable]
+    steps = sorted({0, n_removable // 2, n_removable, 2 * n_removable, n_neurons // 8, n_neurons // 3, n_neurons})
+    curve = [{"n_removed": n, "ppl_increase_percent": 0.97 * (n / n_removable) ** 1.6, "ppl": 14.237} for n in steps]
+    return SimpleNamespace(
+        p_percent=1.0,
+        ranking="contribution",
+        replacement="mean",
+        n_neurons=n_neurons,
+        n_removable=n_removable,
+        reached=True,
+        removable=[[int(i // mean.shape[1]), int(i % mean.shape[1])] for i in chosen],
+        ppl_dense=14.237,
+        ppl_ablated=14.375,
+        heldout={
+            "ppl_dense": 14.9,
+            "ppl_ablated": 15.03,
+            "ppl_increase_percent": 0.88,
+            "holds": True,
+            "corpus": corpus("sotu [held-out]", stats.n_tokens // 2, 512),
+        },
+        control={"kind": "random, same number per layer", "seed": 0, "ppl": 18.4, "ppl_increase_percent": 29.3},
+        curve=curve,
+        model=info,
+        corpus=corpus("sotu [calibration]", stats.n_tokens // 2, 512),
+        cost={"forward_passes": 14, "seconds": 388.0},
+        provenance={
+            "versions": {"torch": "2.13.0"},
+            "seed": 0,
+            "command": "neuron-sparsity report smollm2-135m --p 1 --out run",
+        },
+    )
+
+
+@pytest.fixture
+def run() -> Run:
+    return make_run()
+
+
+@pytest.fixture(scope="session")
+def full_run() -> Run:
+    """SmolLM2-135M's shape: 30 layers of 1,536 neurons."""
+    return make_run(30, 1536, n_passage=256)

@@ -1,0 +1,236 @@
+"""Every view stands alone, escapes, and shows the numbers it was given."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from html.parser import HTMLParser
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from neuron_sparsity.report import _classes as classes
+from neuron_sparsity.report import views
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+ALL_VIEWS: dict[str, Callable[[Any], str]] = {
+    "headline": lambda run: views.headline(run.stats, run.result, run.removed),
+    "summary": lambda run: views.summary(run.stats, run.result, run.removed),
+    "activation_curve": lambda run: views.activation_curve(run.result),
+    "cett_curves": lambda run: views.cett_curves(run.result),
+    "layer_ratios": lambda run: views.layer_ratios(run.result),
+    "layer_thresholds": lambda run: views.layer_thresholds(run.result),
+    "layer_table": lambda run: views.layer_table(run.result),
+    "passage_map": lambda run: views.passage_map(run.passage),
+    "passage_tokens": lambda run: views.passage_tokens(run.passage),
+    "neuron_map": lambda run: views.neuron_map(run.stats, run.result),
+    "class_counts": lambda run: views.class_counts(run.stats, run.result),
+    "neuron_examples": lambda run: views.neuron_examples(run.stats, run.result),
+    "removal_curve": lambda run: views.removal_curve(run.removed),
+    "removal_verdict": lambda run: views.removal_verdict(run.removed),
+    "removable_layers": lambda run: views.removable_layers(run.stats, run.removed),
+    "definitions": lambda run: views.definitions(),
+    "measured": lambda run: views.measured(run.stats, run.result, run.removed),
+}
+
+
+class Elements(HTMLParser):
+    """The tags, attribute values and texts a browser would see."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in {"img", "br", "meta"}:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def text_of(html: str) -> str:
+    return " ".join(" ".join(Elements(re.sub(r"<script.*?</script>", "", html, flags=re.S)).texts).split())
+
+
+def hostile(run: Any) -> Any:
+    """The run with every string that comes from data replaced."""
+    name = HOSTILE + "\x00\u202e"
+    info = SimpleNamespace(
+        **{**vars(run.stats.model), "name": name, "activation": name, "weights": name, "dtype": name}
+    )
+    text = {**run.stats.corpus, "name": name, "sha256": name, "packing": name}
+    stats = {"model": info, "corpus": text, "token_strings": dict.fromkeys(run.stats.token_strings, name)}
+    provenance = {"versions": {name: name}, "seed": name, "command": name}
+    result = {"model": info, "corpus": text, "provenance": provenance}
+    removed = {**result, "ranking": name, "replacement": name, "control": {**run.removed.control, "kind": name}}
+    passage = {"token_strings": [name] * len(run.passage.token_strings), "definition": name, "corpus": text}
+    return replace(
+        run,
+        stats=SimpleNamespace(**{**vars(run.stats), **stats, "threshold_names": (name,)}),
+        result=SimpleNamespace(**{**vars(run.result), **result}),
+        removed=SimpleNamespace(**{**vars(run.removed), **removed}),
+        passage=SimpleNamespace(**{**vars(run.passage), **passage}),
+    )
+
+
+def test_all_views_are_listed_here() -> None:
+    assert set(ALL_VIEWS) == set(views.__all__) - {"scripts", "with_assets"}
+
+
+@pytest.mark.parametrize("view", ALL_VIEWS)
+def test_a_view_is_balanced_markup(view: str, run: Any) -> None:
+    assert not Elements(ALL_VIEWS[view](run)).open
+
+
+@pytest.mark.parametrize("view", ALL_VIEWS)
+def test_a_view_escapes_everything_that_comes_from_data(view: str, run: Any) -> None:
+    tame, wild = Elements(ALL_VIEWS[view](run)), Elements(ALL_VIEWS[view](hostile(run)))
+    assert wild.tags.count("img") == tame.tags.count("img")
+    assert wild.tags.count("script") == tame.tags.count("script")
+    assert not [name for name, _ in wild.attributes if name.startswith("on")]
+    assert not wild.open
+    assert "\x00" not in ALL_VIEWS[view](hostile(run))
+    assert "\u202e" not in ALL_VIEWS[view](hostile(run))
+
+
+@pytest.mark.parametrize("view", ["neuron_examples", "passage_tokens"])
+def test_a_hostile_token_is_shown_as_text(view: str, run: Any) -> None:
+    assert HOSTILE.replace(" ", "·") in "".join(Elements(ALL_VIEWS[view](hostile(run))).texts)
+
+
+@pytest.mark.parametrize("view", ALL_VIEWS)
+def test_nan_never_reaches_a_drawing(view: str, run: Any) -> None:
+    nan = math.nan
+    evaluations = (
+        *run.result.evaluations,
+        {"cett": nan, "ppl": nan, "ppl_increase_percent": nan, "activation_ratio": nan},
+    )
+    result = SimpleNamespace(**{**vars(run.result), "ppl_sparse": nan, "evaluations": evaluations})
+    ratio = run.passage.activation_ratio.clone()
+    ratio[0, 1], ratio[1, 2] = nan, math.inf
+    total = run.stats.contribution_sum.clone()
+    total[0, 5] = nan
+    broken = replace(
+        run,
+        result=result,
+        stats=SimpleNamespace(**{**vars(run.stats), "contribution_sum": total}),
+        passage=SimpleNamespace(**{**vars(run.passage), "activation_ratio": ratio}),
+    )
+    html = ALL_VIEWS[view](broken)
+    assert not re.search(r"\b(nan|NaN|inf|Infinity)\b", html)
+
+
+def test_the_summary_shows_the_inputs(run: Any) -> None:
+    text = text_of(views.summary(run.stats, run.result, run.removed))
+    total = run.stats.zero_count.numel()
+    for number in (
+        f"{run.result.activation_ratio:.3f}",
+        f"{run.result.sparsity_ratio:.3f}",
+        "14.24 → 14.38 (+1.02\u00a0%)".replace("\u00a0", " "),
+        f"of {total:,} neurons",
+        f"{round(run.result.sparsity_ratio * total):,}",
+        "16,384 tokens in windows of 512",
+        "Holds on held-out text (+0.880 %)",
+    ):
+        assert number in text.replace("\u00a0", " ")
+
+
+def test_an_unreached_target_is_said(run: Any) -> None:
+    result = SimpleNamespace(**{**vars(run.result), "reached": False, "ppl_increase_percent": 0.3})
+    text = text_of(views.summary(run.stats, result)).replace("\u00a0", " ")
+    assert "not reached" in text
+    assert "+0.300 %" in text
+    assert "can idle" not in text
+
+
+def test_a_set_that_fails_on_held_out_text_is_said(run: Any) -> None:
+    heldout = {**run.removed.heldout, "holds": False, "ppl_increase_percent": 1.7}
+    removed = SimpleNamespace(**{**vars(run.removed), "heldout": heldout})
+    for html in (views.removal_verdict(removed), views.summary(run.stats, run.result, removed)):
+        assert "does not hold" in text_of(html)
+        assert "+1.70" in html
+
+
+def test_class_counts_equal_brute_force(run: Any) -> None:
+    above, n = run.stats.above_count[:, :, 0].tolist(), run.stats.n_tokens
+    expected = {"dead": 0, "rare": 0, "alive": 0, "always_on": 0, "never": 0}
+    for layer in above:
+        for seen in layer:
+            share = seen / n
+            name = "dead" if share < 0.001 else "rare" if share < 0.01 else "always_on" if share > 0.99 else "alive"
+            expected[name] += 1
+            expected["never"] += seen == 0
+    counts = classes.class_counts(classes.activity(run.stats, run.result))
+    assert {name: int(getattr(counts, name).sum()) for name in expected} == expected
+    assert (counts.dead + counts.rare + counts.alive + counts.always_on == run.stats.model.d_mlp).all()
+    html = views.class_counts(run.stats, run.result)
+    row = ["all", *(f"{expected[name]:,}" for name in ("dead", "never", "rare", "alive", "always_on"))]
+    assert " ".join(row) in text_of(html)
+    assert f"{300 / n:.4f}" in html
+
+
+def test_exactly_zero_counts_neurons_without_any_activation(run: Any) -> None:
+    zero = classes.exactly_zero(run.stats)
+    assert int(zero.never.sum()) == int((run.stats.zero_count == run.stats.n_tokens).sum()) == 2
+
+
+def test_class_limits_must_ascend(run: Any) -> None:
+    with pytest.raises(ValueError, match="need 0 <= dead <= rare"):
+        classes.class_counts(classes.exactly_zero(run.stats), dead=0.5, rare=0.1)
+
+
+def test_other_thresholds_than_recorded_are_read_off_the_histogram_and_said(run: Any) -> None:
+    layers = tuple(SimpleNamespace(**{**vars(layer), "threshold": layer.threshold * 2}) for layer in run.result.layers)
+    active = classes.activity(run.stats, SimpleNamespace(**{**vars(run.result), "layers": layers}))
+    assert not active.exact
+    assert "histogram" in active.definition
+
+
+def test_strongest_and_weakest_are_by_mean_contribution(run: Any) -> None:
+    mean = (run.stats.contribution_sum / run.stats.n_tokens).numpy()
+    html = views.neuron_examples(run.stats, n_neurons=1)
+    for index in (mean.argmax(), mean.argmin()):
+        layer, neuron = np.unravel_index(index, mean.shape)
+        assert f"L{layer} · N{neuron}" in html
+    assert html.count('class="neuron"') == 2
+
+
+def test_blocks_without_an_mlp_keep_their_numbers(run: Any) -> None:
+    run.stats.model.layers = (1, 3, 5, 7)
+    run.removed.removable = [[7, 0], [7, 1]]
+    assert "layer 7: 2 removable" in views.removable_layers(run.stats, run.removed)
+    run.removed.removable = [[2, 0]]
+    with pytest.raises(ValueError, match="names layer 2"):
+        views.removable_layers(run.stats, run.removed)
+
+
+def test_a_passage_must_fit_its_ratios(run: Any) -> None:
+    run.passage.activation_ratio = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match="needs ratios"):
+        views.passage_tokens(run.passage)
+
+
+def test_a_view_alone_carries_what_it_needs(run: Any) -> None:
+    html = views.with_assets(views.passage_tokens(run.passage))
+    assert html.count("var CircuitsVis=") == 1
+    assert "<style>" in html
