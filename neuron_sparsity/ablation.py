@@ -34,7 +34,8 @@ from neuron_sparsity.store import provenance
 __all__ = ["REPLACEMENTS", "AblationResult", "ablate", "removable_neurons"]
 
 REPLACEMENTS = ("mean", "zero")
-_MAX_EVALUATIONS = 8
+_MAX_EVALUATIONS = 14
+_MAX_PROPOSALS = 6
 _COUNT_RESOLUTION = 0.03
 
 Neurons = Iterable[tuple[int, int]]
@@ -224,11 +225,8 @@ class _Removal:
         """Return the largest measured count that costs at most p, and whether a larger one was seen to cost more."""
         target, total = math.log1p(p_percent / 100), len(self.order)
         count = max(1, total // 200)
-        for _ in range(_MAX_EVALUATIONS):
-            if count not in self.rises:
-                self.rises[count] = self._rise(
-                    self.windows, self.dense, self.order[:count], f"removing {count} neurons"
-                )
+        for step in range(_MAX_EVALUATIONS):
+            self.rises[count] = self._rise(self.windows, self.dense, self.order[:count], f"removing {count} neurons")
             low = max(n for n, rise in self.rises.items() if rise <= target)
             high = min((n for n, rise in self.rises.items() if rise > target and n > low), default=total + 1)
             if low == total or high - low <= max(1, _COUNT_RESOLUTION * low):
@@ -236,9 +234,11 @@ class _Removal:
             points = [(n / total, rise) for n, rise in self.rises.items() if n > 0]
             proposal = round(next_cett(points, target, prior_slope=1.0) * total)
             count = min(max(proposal, low + 1), high - 1, total)
-            if high - low > 2 and count in (low + 1, high - 1):
-                count = round(math.sqrt(max(low, 1) * min(high, total)))
-        return low, any(rise > target for rise in self.rises.values())
+            if step >= _MAX_PROPOSALS:  # halving is sure to end; "everything may go" is said only of everything removed
+                count = total if high > total else (low + high) // 2
+            elif high <= total and high - low > 2 and count in (low + 1, high - 1):
+                count = round(math.sqrt(max(low, 1) * high))
+        return low, high <= total
 
     def curve(self) -> tuple[dict[str, float], ...]:
         """Return every measured count, ascending."""

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
@@ -28,7 +29,9 @@ from neuron_sparsity.metrics import EXACT_ZERO_THRESHOLD
 
 __all__ = ["CettCurves", "CurveRecorder", "probe_curves"]
 
-_PROBE_QUANTILES = torch.cat((torch.logspace(-2, -0.5, 5), torch.linspace(0.4, 0.9, 6), 1 - torch.logspace(-1.3, -3, 5)))
+_PROBE_QUANTILES = torch.cat(
+    (torch.logspace(-2, -0.5, 5), torch.linspace(0.4, 0.9, 6), 1 - torch.logspace(-1.3, -3, 5))
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,15 +69,15 @@ class CettCurves:
         maximum = np.float32(self.maximum[layer])
         if cett <= 0 or maximum <= 0:
             return EXACT_ZERO_THRESHOLD
-        above = float(np.nextafter(maximum, np.float32(np.inf)))
         if cett >= 1:
-            return above
+            return float(np.finfo(np.float32).max)  # also cuts what grows beyond the dense run once layers before go
+        above = float(np.nextafter(maximum, np.float32(np.inf)))
         log_cett, log_threshold = self._increasing(layer, above)
         return float(np.clip(np.exp(_interpolate(log_cett, log_threshold, np.log(cett))), EXACT_ZERO_THRESHOLD, above))
 
     def _increasing(self, layer: int, above: float) -> tuple[np.ndarray, np.ndarray]:
         """The layer's points as (log CETT, log threshold), both strictly increasing, up to (1, everything cut)."""
-        pairs = sorted(zip(self.threshold[layer], self.cett[layer], strict=True)) + [(above, 1.0)]
+        pairs = [*sorted(zip(self.threshold[layer], self.cett[layer], strict=True)), (above, 1.0)]
         kept: list[tuple[float, float]] = []
         for threshold, cett in pairs:
             if cett > 0 and threshold > 0 and (not kept or (cett > kept[-1][0] and threshold > kept[-1][1])):
@@ -132,7 +135,7 @@ class CurveRecorder:
 
     def on_post(self, layer: int, z: Float[Tensor, "batch pos neuron"]) -> None:
         """Add a batch of one layer's post-activations."""
-        flat = z.reshape(-1, z.shape[-1])
+        flat = rearrange(z, "... neuron -> (...) neuron")
         w_norm = self.adapter.w_norms[layer]
         cuts = torch.from_numpy(self.thresholds[layer])
         error, active, full = kernels.tail_error(flat, w_norm, self.adapter.w_out(layer), cuts)
@@ -173,7 +176,7 @@ def probe_curves(adapter: MLPAdapter, windows: Windows, *, n_rows: int = 256) ->
     stride = max(1, len(chosen) * windows.window // n_rows)
 
     def on_post(layer: int, z: Tensor) -> None:
-        rows = z.reshape(-1, z.shape[-1])[::stride]
+        rows = rearrange(z, "batch pos neuron -> (batch pos) neuron")[::stride]
         c = contributions(rows, adapter.w_norms[layer]).flatten()
         positive = c[c > 0].sort().values
         if not torch.isfinite(c.sum()):

@@ -13,6 +13,7 @@ What is returned was measured: thresholds, the rise at exactly these thresholds,
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -20,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -48,8 +48,8 @@ __all__ = [
     "token_activity",
 ]
 
-_CURVE_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.33, 2.0)
-_FIRST_CETT = 0.1  # at p = 1; from there by the square root of p
+_CURVE_FACTORS = (0.5, 0.75, 0.9, 1.1, 1.3, 1.8)  # close to 1: on tiny models the CETT is then met to 0.5 %, not 2 %
+_FIRST_CETT = 0.05  # at p = 1 (0.04 measured on smollm2-135m); from there by the square root of p
 _MAX_EVALUATIONS = 7
 _MIN_CETT = 1e-6
 
@@ -266,6 +266,8 @@ class _Search:
             cett = next_cett([(e["cett"], e["rise"]) for e in self.evaluations], self.target)
             if cett < _MIN_CETT:
                 break
+        if all(e["ppl_increase_percent"] < self.p_percent - self.tolerance and e["cett"] < 1 for e in self.evaluations):
+            self._evaluate(dense, curves, 1.0)  # "not reached" is said of CETT 1 only
         return curves
 
     def _evaluate(self, dense: Tensor, curves: CettCurves, cett: float) -> float:
@@ -345,7 +347,8 @@ def next_cett(points: Sequence[tuple[float, float]], target: float, *, prior_slo
     log(rise) is nearly a straight line in log(CETT), of slope about two. (The same holds of the share of neurons
     removed for good, with a slope of about one: `ablation` uses this too.) Far from the target the two points nearest
     to it give the line; close to it the points scatter by rounding, and all near ones are shifted along the common
-    slope and averaged, so that the search does not chase the jitter.
+    slope and averaged, so that the search does not chase the jitter. Two neighbouring points on either side of the
+    target hold a solution between them, and the search stays there.
 
     Args:
         points: At least one.
@@ -353,7 +356,7 @@ def next_cett(points: Sequence[tuple[float, float]], target: float, *, prior_slo
         prior_slope: Slope while there are too few points to tell.
 
     Returns:
-        In (0, 1]; at most four times away from the nearest point, and inside the bracket if there is one.
+        In (0, 1], never a CETT that was tried, except that 1 is returned again where even 1 costs too little.
 
     Example:
         >>> round(next_cett([(0.1, 0.04)], 0.01), 4)
@@ -361,24 +364,36 @@ def next_cett(points: Sequence[tuple[float, float]], target: float, *, prior_slo
     """
     risen = sorted(((math.log(e), math.log(d)) for e, d in points if d > 0), key=lambda p: abs(p[1] - math.log(target)))
     if not risen:
-        return min(1.0, 2 * max(e for e, _ in points))
+        return min(1.0, 4 * max(e for e, _ in points))
     slope = _slope(risen, prior_slope)
     near = [(x, y) for x, y in risen if abs(y - math.log(target)) < 0.25] or risen[:1]
     proposal = float(np.mean([x + (math.log(target) - y) / slope for x, y in near]))
-    proposal = min(max(proposal, risen[0][0] - math.log(4)), risen[0][0] + math.log(4))
-    below = [math.log(e) for e, d in points if d < target]
-    above = [math.log(e) for e, d in points if d >= target]
-    if below and above and max(below) < min(above):
-        low, high = max(below), min(above)
+    proposal = min(max(proposal, risen[0][0] - math.log(4)), risen[0][0] + math.log(4), 0.0)
+    ordered = sorted((math.log(e), d >= target) for e, d in points)
+    crossings = [(a[0], b[0]) for a, b in itertools.pairwise(ordered) if b[1] and not a[1]]
+    low, high = -math.inf, 0.0
+    if crossings:
+        low, high = min(crossings, key=lambda pair: max(pair[0] - proposal, proposal - pair[1], 0.0))
         margin = 0.05 * (high - low)
-        proposal = min(max(proposal, low + margin), high - margin)
-    proposal = min(proposal, 0.0)
-    tried = [math.log(e) for e, _ in points]
-    step = 0.002
-    while any(abs(proposal - x) < 1e-4 for x in tried) and proposal < 0.0:
-        proposal += step
-        step = -1.5 * step
-    return math.exp(min(proposal, 0.0))
+        proposal = proposal if low + margin <= proposal <= high - margin else (low + high) / 2
+    elif all(above for _, above in ordered):
+        high = ordered[0][0]
+        proposal = proposal if proposal < high else high - math.log(1.5)
+    elif not any(above for _, above in ordered):
+        low = ordered[-1][0]
+        step = math.log(1.5 if max(points)[1] > target / 4 else 4.0)
+        proposal = proposal if proposal > low else min(low + step, 0.0)
+    return math.exp(_untried(proposal, [x for x, _ in ordered], low, high))
+
+
+def _untried(proposal: float, tried: Sequence[float], low: float, high: float) -> float:
+    """Return the place nearest to a proposal, between low and high, where no pass was made yet."""
+    proposal = min(max(proposal, low), high)
+    steps = [0.0, *(sign * 0.002 * 1.5**k for k in range(12) for sign in (1, -1))]
+    for place in (proposal + step for step in steps):
+        if low <= place <= high and all(abs(place - x) >= 1e-4 for x in tried):
+            return place
+    return (low + high) / 2 if math.isfinite(low) else proposal
 
 
 def _slope(risen: Sequence[tuple[float, float]], prior: float) -> float:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -51,7 +52,7 @@ class Truncation:
 
     def cut(self, layer: int, z: Float[Tensor, "*rows neuron"], w_norm: Float[Tensor, " neuron"]) -> Tensor:
         """Return `z` with the weak neurons zero, and count."""
-        flat = z.reshape(-1, z.shape[-1])
+        flat = rearrange(z, "... neuron -> (...) neuron")
         if torch.is_grad_enabled() and flat.requires_grad:
             kept = contributions(flat.detach(), w_norm) >= self.thresholds[layer]
             flat, active = flat * kept, kept.sum()
@@ -104,9 +105,12 @@ def apply_thresholds(hf_model: nn.Module, result: Any) -> Iterator[Truncation]:
     """
     info = result.model
     projections = _down_projections(hf_model, info.d_mlp, info.d_model, info.n_layers)
-    norms = [_projection_norms(module, info.d_mlp) for module in projections]
-    for layer, norm in zip(result.layers, norms, strict=True):
-        if abs(float(norm.mean()) - layer.w_norm_mean) > 1e-3 * layer.w_norm_mean:
+    norms = []
+    for layer, module in zip(result.layers, projections, strict=True):
+        rows = _output_rows(module)
+        norms.append(rows.norm(dim=1))
+        other_form = info.weights == "centred" and float(rows.mean(dim=1).abs().max()) > 1e-5 * float(rows.abs().max())
+        if other_form or not abs(float(norms[-1].mean()) - layer.w_norm_mean) <= 1e-4 * layer.w_norm_mean:
             raise ValueError(
                 f"layer {layer.layer}: output weights differ from those measured on {info.name} ({info.weights}); "
                 "measure this model as loaded, without folding or centring"
@@ -163,6 +167,7 @@ class TokenActivity:
     corpus: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
+        """Return the content of `passage.json`; ratios to five digits."""
         ratios = [[round(value, 5) for value in row] for row in self.activation_ratio.tolist()]
         return {
             "token_ids": self.token_ids,
@@ -174,6 +179,11 @@ class TokenActivity:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> TokenActivity:
+        """Read the content of `passage.json` back.
+
+        Raises:
+            KeyError, TypeError, ValueError: If keys are missing or of the wrong type.
+        """
         return cls(
             [int(token) for token in data["token_ids"]],
             [str(text) for text in data["token_strings"]],
@@ -183,9 +193,7 @@ class TokenActivity:
         )
 
 
-def token_activity(
-    model: Any, windows: Windows, result: Any, *, window: int = 0, n_tokens: int = 128
-) -> TokenActivity:
+def token_activity(model: Any, windows: Windows, result: Any, *, window: int = 0, n_tokens: int = 128) -> TokenActivity:
     """Return each layer's activation ratio on every token of one window's beginning (the paper's token-wise view).
 
     Args:
@@ -215,12 +223,12 @@ def token_activity(
     with torch.no_grad():
         adapter.final_residual(tokens[None].long(), on_post)
     tokenizer = adapter.model.tokenizer
-    definition = f"contribution >= the layer's {result.name} threshold" if hasattr(result, "name") else "given thresholds"
+    named = f"the layer's {result.name} threshold" if hasattr(result, "name") else "the given threshold"
     return TokenActivity(
         tokens.tolist(),
         [tokenizer.decode([token]) for token in tokens.tolist()] if tokenizer else [str(t) for t in tokens.tolist()],
         ratio,
-        definition,
+        f"contribution >= {named}",
         windows.describe() | {"window_index": window, "document": windows.documents[window]},
     )
 
@@ -256,7 +264,6 @@ def _maps(module: nn.Module, d_in: int, d_out: int) -> bool:
     return tuple(weight.shape) == ((d_in, d_out) if transposed else (d_out, d_in))
 
 
-def _projection_norms(module: nn.Module, d_mlp: int) -> Float[Tensor, " neuron"]:
+def _output_rows(module: nn.Module) -> Float[Tensor, "neuron d_model"]:
     weight: Tensor = module.weight.detach()  # type: ignore[assignment, union-attr, operator]
-    rows = weight if type(module).__name__ == "Conv1D" else weight.t()
-    return rows.float().norm(dim=1)
+    return (weight if type(module).__name__ == "Conv1D" else weight.t()).float()

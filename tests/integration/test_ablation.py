@@ -1,0 +1,323 @@
+"""Removing neurons: against the same edit made in the weights, and the removable set against a scan of every count."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from neuron_sparsity import ablation
+from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons
+from neuron_sparsity.adapter import attach
+from neuron_sparsity.perplexity import perplexity
+from neuron_sparsity.ranking import Ranking, rank
+from neuron_sparsity.recorder import record
+from neuron_sparsity.store import to_json_text
+
+CHOSEN = [(0, 0), (0, 17), (1, 5), (1, 6), (1, 63)]
+P_PERCENT = 5.0
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+def logits_of(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        out = model(tokens)
+    return getattr(out, "logits", out)
+
+
+@pytest.fixture(scope="module")
+def means() -> Tensor:
+    return torch.randn(2, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+@pytest.fixture(scope="module", params=["gpt2", "hooked-silu"])
+def case(request: pytest.FixtureRequest, tiny_model: Any, own_windows: Any) -> SimpleNamespace:
+    model = tiny_model(request.param)
+    windows = own_windows(model, 32)
+    adapter = attach(model)
+    stats = record(adapter, windows)
+    ranking = rank(stats)
+    result = removable_neurons(model, windows, ranking, p_percent=P_PERCENT)
+    return SimpleNamespace(
+        model=model, adapter=adapter, windows=windows, stats=stats, ranking=ranking, result=result, name=request.param
+    )
+
+
+# `ablate` against an edit of the weights.
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_zero_replacement_is_zeroing_rows_of_w_out(
+    tiny_model: Any, tiny_hf_models: Any, sample_tokens: Any, family: str
+) -> None:
+    model, edited = tiny_model(family), tiny_hf_models(family)
+    tokens = sample_tokens(model, 4).long()
+    dense = logits_of(model, tokens)
+    for layer, neuron in CHOSEN:
+        if family == "gpt2":
+            edited.transformer.h[layer].mlp.c_proj.weight[neuron] = 0
+        elif family == "opt":
+            edited.model.decoder.layers[layer].fc2.weight[:, neuron] = 0
+        else:
+            edited.model.layers[layer].mlp.down_proj.weight[:, neuron] = 0
+    with ablate(model, CHOSEN):
+        ablated = logits_of(model, tokens)
+    # Bridges may leave a constant in the logits that softmax takes away again: compare what is predicted.
+    assert torch.allclose(ablated.log_softmax(-1), logits_of(edited, tokens).log_softmax(-1), atol=1e-4)
+    assert not torch.allclose(ablated, dense, atol=1e-2)
+    assert torch.equal(logits_of(model, tokens), dense)
+
+
+def test_mean_replacement_is_folding_the_mean_into_the_bias(
+    tiny_model: Any, tiny_hf_models: Any, sample_tokens: Any, means: Tensor
+) -> None:
+    model, edited = tiny_model("gpt2"), tiny_hf_models("gpt2")
+    tokens = sample_tokens(model, 4).long()
+    for layer, neuron in CHOSEN:
+        projection = edited.transformer.h[layer].mlp.c_proj
+        projection.bias += means[layer, neuron].float() * projection.weight[neuron]
+        projection.weight[neuron] = 0
+    with ablate(model, CHOSEN, replacement="mean", means=means):
+        ablated = logits_of(model, tokens)
+    assert torch.allclose(ablated.log_softmax(-1), logits_of(edited, tokens).log_softmax(-1), atol=1e-4)
+
+
+def test_mean_replacement_on_a_hooked_transformer(tiny_model: Any, sample_tokens: Any, means: Tensor) -> None:
+    model, edited = tiny_model("hooked-silu"), tiny_model("hooked-silu")
+    tokens = sample_tokens(model, 4).long()
+    for layer, neuron in CHOSEN:
+        mlp = edited.blocks[layer].mlp
+        mlp.b_out += means[layer, neuron].float() * mlp.W_out[neuron]
+        mlp.W_out[neuron] = 0
+    with ablate(model, CHOSEN, replacement="mean", means=means):
+        assert torch.allclose(logits_of(model, tokens), logits_of(edited, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("replacement", ["zero", "mean"])
+def test_ablating_nothing_changes_nothing_bit_for_bit(
+    case: SimpleNamespace, means: Tensor, replacement: str, hooks_on: Callable[[Any], int]
+) -> None:
+    tokens, before = case.windows.tokens[:4].long(), hooks_on(case.model)
+    dense = logits_of(case.model, tokens)
+    with ablate(case.model, [], replacement=replacement, means=means):
+        assert torch.equal(logits_of(case.model, tokens), dense)
+    with pytest.raises(KeyError), ablate(case.model, CHOSEN):
+        raise KeyError
+    assert torch.equal(logits_of(case.model, tokens), dense)
+    assert hooks_on(case.model) == before
+
+
+def test_ablating_every_neuron_by_zero_leaves_the_bias(case: SimpleNamespace) -> None:
+    tokens = case.windows.tokens[:4].long()
+    every = [(0, neuron) for neuron in range(64)]
+    b_out = case.adapter.b_out(0)
+
+    def only_bias(output: Tensor, hook: Any) -> Tensor:
+        return torch.zeros_like(output) + b_out
+
+    with ablate(case.model, every):
+        ablated = logits_of(case.model, tokens)
+    with torch.no_grad():
+        expected = case.model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_mlp_out", only_bias)])
+    assert torch.allclose(ablated, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("neurons", "message"),
+    [
+        ([(2, 0)], r"no neuron \(2, 0\): layers are 0 to 1, neurons 0 to 63"),
+        ([(-1, 0)], r"no neuron \(-1, 0\)"),
+        ([(0, 64)], r"no neuron \(0, 64\)"),
+        ([(0, -1)], r"no neuron \(0, -1\)"),
+        ([(0, 3), (1, 3), (0, 3)], r"neuron \(0, 3\) is named twice"),
+    ],
+)
+def test_neurons_that_are_not_there_or_come_twice_are_refused(
+    case: SimpleNamespace, neurons: list[tuple[int, int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message), ablate(case.model, neurons):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"replacement": "noise"}, "replacement must be one of mean, zero, got 'noise'"),
+        ({"replacement": "mean"}, r"needs means of shape \[2, 64\], got none; record the model first"),
+        ({"replacement": "mean", "means": torch.zeros(2, 63)}, r"needs means of shape \[2, 64\], got \[2, 63\]"),
+    ],
+)
+def test_bad_replacements_are_refused(case: SimpleNamespace, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message), ablate(case.model, CHOSEN, **options):
+        pass
+
+
+# The removable set.
+
+
+def test_the_removable_set_is_that_of_a_scan_over_every_count(case: SimpleNamespace) -> None:
+    calibration = case.windows.split()[0]
+    means = case.stats.mean_activation
+    dense = perplexity(case.adapter, calibration).ppl
+    rises = []
+    for n in range(129):
+        with ablate(case.adapter, case.ranking.weakest(n), replacement="mean", means=means):
+            rises.append(100 * (perplexity(case.adapter, calibration).ppl / dense - 1))
+    found = case.result.n_removable
+    assert rises[found] == pytest.approx(case.result.ppl_increase_percent, abs=1e-3)
+    assert rises[found] <= P_PERCENT
+    # Somewhere in the next 3 % of neurons (at least one) the rise passes p; it need not stay above it.
+    assert max(rises[found + 1 : found + 1 + max(1, math.ceil(0.03 * found))]) > P_PERCENT
+    assert [rises[int(point["n_removed"])] for point in case.result.curve] == pytest.approx(
+        [point["ppl_increase_percent"] for point in case.result.curve], abs=1e-3
+    )
+
+
+def test_the_result_says_what_was_removed_and_on_what(case: SimpleNamespace) -> None:
+    result, (calibration, heldout) = case.result, case.windows.split()
+    assert 0 < result.n_removable < 128
+    assert result.reached
+    assert list(result.removable) == case.ranking.weakest(result.n_removable)
+    assert result.corpus == calibration.describe()
+    assert result.heldout["corpus"] == heldout.describe()
+    shared = {tuple(row) for row in calibration.tokens.tolist()} & {tuple(row) for row in heldout.tokens.tolist()}
+    assert not shared
+    counts = [point["n_removed"] for point in result.curve]
+    assert counts == sorted(set(counts))
+    assert result.curve[0] == {"n_removed": 0, "ppl": result.ppl_dense, "ppl_increase_percent": 0.0}
+    assert result.ppl_ablated == pytest.approx(result.ppl_dense * (1 + result.ppl_increase_percent / 100))
+    assert result.ranking_corpus == case.windows.describe()
+
+
+def test_the_heldout_numbers_are_those_of_ablate(case: SimpleNamespace) -> None:
+    heldout = case.windows.split()[1]
+    with ablate(case.adapter, case.result.removable, replacement="mean", means=case.stats.mean_activation):
+        ablated = perplexity(case.adapter, heldout).ppl
+    dense = perplexity(case.adapter, heldout).ppl
+    assert case.result.heldout["ppl_dense"] == pytest.approx(dense)
+    assert case.result.heldout["ppl_ablated"] == pytest.approx(ablated, rel=1e-5)
+    assert case.result.heldout["holds"] == (100 * (ablated / dense - 1) <= P_PERCENT)
+
+
+def test_the_control_removes_as_many_of_every_layer(case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: dict[str, list[tuple[int, int]]] = {}
+    original = ablation._Removal._rise
+
+    def spy(self: Any, windows: Any, dense: Any, rows: Tensor, label: str) -> float:
+        removed[label] = [tuple(row) for row in rows.tolist()]
+        return original(self, windows, dense, rows, label)
+
+    monkeypatch.setattr(ablation._Removal, "_rise", spy)
+    again = removable_neurons(case.model, case.windows, case.ranking, p_percent=P_PERCENT)
+    control = removed["random control"]
+    per_layer = collections.Counter(layer for layer, _ in case.result.removable)
+    assert collections.Counter(layer for layer, _ in control) == per_layer
+    assert len(set(control)) == case.result.n_removable
+    assert again.control == case.result.control
+    assert set(control) != set(case.result.removable)
+    with ablate(case.adapter, control, replacement="mean", means=case.stats.mean_activation):
+        ppl = perplexity(case.adapter, case.windows.split()[0]).ppl
+    assert case.result.control["ppl"] == pytest.approx(ppl, rel=1e-5)
+    other = removable_neurons(case.model, case.windows, case.ranking, p_percent=P_PERCENT, seed=1)
+    assert other.control["ppl"] != case.result.control["ppl"]
+    assert other.removable == case.result.removable
+
+
+def test_heldout_windows_that_are_given_are_used_and_leave_all_others_to_the_search(
+    case: SimpleNamespace, own_windows: Any
+) -> None:
+    heldout = own_windows(case.model, 4, seed=5)
+    result = removable_neurons(case.model, case.windows, case.ranking, p_percent=P_PERCENT, heldout=heldout)
+    assert result.corpus == case.windows.describe()
+    assert result.heldout["corpus"] == heldout.describe()
+
+
+@pytest.mark.parametrize("replacement", ["zero", "mean"])
+@pytest.mark.parametrize("n_planted", [40, 128])
+def test_planted_neurons_without_output_are_all_found(
+    tiny_hf_models: Any, tiny_tokenizer: Any, own_windows: Any, replacement: str, n_planted: int
+) -> None:
+    bridge = pytest.importorskip("transformer_lens.model_bridge").TransformerBridge
+    hf_model = tiny_hf_models("opt")
+    planted = [divmod(index, 64) for index in torch.randperm(128, generator=torch.Generator().manual_seed(1)).tolist()]
+    planted = planted[:n_planted]
+    for layer, neuron in planted:
+        hf_model.model.decoder.layers[layer].fc2.weight[:, neuron] = 0
+    model = bridge.boot_transformers("tiny-planted-test", hf_model=hf_model, tokenizer=tiny_tokenizer)
+    windows = own_windows(model, 8)
+    result = removable_neurons(model, windows, rank(record(model, windows)), p_percent=0.5, replacement=replacement)
+    assert set(planted) <= set(result.removable)
+    if n_planted == 128:
+        assert (result.n_removable, result.reached, result.ppl_increase_percent) == (128, False, 0.0)
+        assert result.curve[-1]["n_removed"] == 128
+
+
+def test_a_p_beyond_any_rise_removes_everything(case: SimpleNamespace) -> None:
+    result = removable_neurons(case.model, case.windows, case.ranking, p_percent=1e6)
+    assert (result.n_removable, result.reached) == (128, False)
+    assert result.curve[-1]["n_removed"] == 128
+    assert result.heldout["holds"]
+    assert result.control["ppl"] == pytest.approx(result.ppl_ablated)  # all neurons: the control is the same set
+    assert AblationResult.from_json(json.loads(to_json_text(result.to_json()))) == result
+
+
+def test_where_even_the_weakest_neuron_costs_too_much_nothing_is_removable(case: SimpleNamespace) -> None:
+    calibration = case.windows.split()[0]
+    costs = {}
+    for pair in case.ranking.strongest(8):
+        with ablate(case.adapter, [pair]):
+            costs[pair] = perplexity(case.adapter, calibration).loss
+    costly = max(costs, key=costs.__getitem__)
+    scores = torch.ones(2, 64)
+    scores[costly] = 0.0
+    stubborn = dataclasses.replace(case.ranking, scores=scores)
+    result = removable_neurons(case.model, case.windows, stubborn, p_percent=1e-7, replacement="zero")
+    assert (result.n_removable, result.removable, result.reached) == (0, (), True)
+    assert (result.control, result.heldout) == (None, None)
+    assert (result.ppl_ablated, result.ppl_increase_percent) == (result.ppl_dense, 0.0)
+    assert AblationResult.from_json(json.loads(to_json_text(result.to_json()))) == result
+
+
+def test_json_holds_every_promised_key_and_comes_back_whole(case: SimpleNamespace) -> None:
+    data = json.loads(to_json_text(case.result.to_json()))
+    promised = "schema p_percent ranking replacement n_neurons n_removable removable ppl_dense ppl_ablated heldout "
+    promised += "control curve"
+    assert set(promised.split()) <= set(data)
+    assert (data["schema"], data["ranking"], data["replacement"]) == (1, "contribution", "mean")
+    assert data["removable"] == [list(pair) for pair in case.result.removable]
+    assert {"n_removed", "ppl"} <= set(data["curve"][0])
+    assert {"ppl_dense", "ppl_ablated", "ppl_increase_percent", "holds", "corpus"} <= set(data["heldout"])
+    assert {"kind", "seed", "ppl", "ppl_increase_percent"} <= set(data["control"])
+    assert AblationResult.from_json(data) == case.result
+
+
+@pytest.mark.parametrize("p_percent", [0, -1, math.nan, math.inf])
+def test_a_p_that_is_no_positive_number_is_refused(case: SimpleNamespace, p_percent: float) -> None:
+    with pytest.raises(ValueError, match=rf"p must be a positive number of percent, got {p_percent}"):
+        removable_neurons(case.model, case.windows, case.ranking, p_percent=p_percent)
+
+
+def test_bad_requests_are_refused_before_any_pass(case: SimpleNamespace, tiny_model: Any) -> None:
+    def refuse(*passed: Any) -> None:
+        raise AssertionError("a pass was made")
+
+    def call(windows: Any = case.windows, ranking: Ranking = case.ranking, **options: Any) -> None:
+        removable_neurons(case.adapter, windows, ranking, progress=refuse, **options)
+
+    with pytest.raises(ValueError, match="replacement must be one of"):
+        call(replacement="noise")
+    with pytest.raises(ValueError, match="one window cannot be split"):
+        call(windows=case.windows.take(1))
+    with pytest.raises(ValueError, match="needs means of shape"):
+        call(ranking=dataclasses.replace(case.ranking, mean_activation=None))
+    other = dataclasses.replace(case.ranking, model=attach(tiny_model(case.name, seed=1)).info)
+    with pytest.raises(ValueError, match=r"the ranking was made on .* with other weights; record this model first"):
+        call(ranking=other)
