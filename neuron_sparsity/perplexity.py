@@ -106,9 +106,10 @@ def token_losses(
     Returns:
         Float32 on the CPU, in nats; the loss stands at the token that is predicted, 0 where it is not scored.
     """
-    batch_size = batch_size or default_batch_size(adapter, windows.window)
+    if batch_size is None:
+        batch_size = default_batch_size(adapter, windows.window)
     if not adapter.chunked_logits:
-        batch_size = 1
+        batch_size = min(batch_size, 1)
     losses = torch.zeros(windows.tokens.shape)
     with torch.no_grad():
         for start, tokens in batches(windows, batch_size, progress, label):

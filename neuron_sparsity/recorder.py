@@ -28,7 +28,7 @@ from neuron_sparsity.errors import MeasurementError, RunFolderError
 from neuron_sparsity.kernels import StatisticsState, neuron_statistics
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
 from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
-from neuron_sparsity.store import read_tensors, write_tensors
+from neuron_sparsity.store import decode, make_folder, read_tensors, write_tensors
 
 __all__ = ["NeuronStatistics", "record"]
 
@@ -66,15 +66,20 @@ def record(
     Raises:
         MeasurementError: If post-activations are NaN or infinite, or memory runs out.
         RunFolderError: If `folder` cannot be written or holds another recording.
-        ValueError: If a set of thresholds does not have one number a layer, or `n_examples` is negative.
-        KeyboardInterrupt: After SIGINT or SIGTERM, once the state is written.
+        ValueError: If a set of thresholds does not have one number >= 0 a layer, or `n_examples` or `batch_size`
+            cannot be.
+        KeyboardInterrupt: After SIGINT or SIGTERM, once the state (or, at the very end, the result) is written.
     """
     adapter = attach(model)
     if n_examples < 0:
         raise ValueError(f"n_examples must be >= 0, got {n_examples}")
     recording = _Recording(adapter, windows, thresholds or {}, n_examples)
     path = None if folder is None else Path(folder) / PARTIAL
-    batch_size = recording.resume(path, batch_size) or batch_size or default_batch_size(adapter, windows.window)
+    if path is not None:
+        make_folder(path.parent)
+        batch_size = recording.resume(path, batch_size) or batch_size
+    if batch_size is None:
+        batch_size = default_batch_size(adapter, windows.window)
     written = time.monotonic()
     with torch.no_grad(), _stop_requested(path is not None) as stop:
         for start, tokens in batches(windows, batch_size, progress, "recording neurons", recording.next_window):
@@ -89,6 +94,8 @@ def record(
     if folder is not None and path is not None:
         stats.save(folder)
         path.unlink(missing_ok=True)
+    if stop.is_set():  # during the last batch: the result is kept, but whoever asked wants no next step
+        raise KeyboardInterrupt
     return stats
 
 
@@ -106,6 +113,8 @@ class _Recording:
             if len(cuts) != info.n_layers:
                 raise ValueError(f"thresholds {name!r} must have {info.n_layers} numbers, one a layer, got {len(cuts)}")
             self.thresholds[:, k] = torch.tensor([float(cut) for cut in cuts])
+            if not bool((self.thresholds[:, k] >= 0).all()):
+                raise ValueError(f"thresholds {name!r} must be >= 0, got {list(cuts)}")
         self.states = [
             StatisticsState.zeros(info.d_mlp, self.thresholds[layer], adapter.w_norms[layer].device)
             for layer in range(info.n_layers)
@@ -132,8 +141,8 @@ class _Recording:
             if not torch.isfinite(state.activation_sum.sum()):
                 block = self.adapter.info.layers[layer]
                 raise MeasurementError(
-                    f"layer {block}: post-activations are NaN or infinite in windows {start} to {self.next_window - 1}; "
-                    "check the weights, or use --dtype float32"
+                    f"layer {block}: post-activations are NaN or infinite in windows {start} to "
+                    f"{self.next_window - 1}; check the weights, or use --dtype float32"
                 )
 
     def _examples(self, layer: int, window: int, z: Tensor, best: Float[Tensor, " neuron"]) -> None:
@@ -155,6 +164,7 @@ class _Recording:
     def _identity(self) -> dict[str, Any]:
         return {
             "fingerprint": self.adapter.info.fingerprint,
+            "dtype": self.adapter.info.dtype,
             "corpus": self.windows.sha256,
             "threshold_names": list(self.names),
             "n_examples": self.example_value.shape[2],
@@ -167,31 +177,40 @@ class _Recording:
         header = {"identity": self._identity(), "next_window": self.next_window, "batch_size": batch_size}
         write_tensors(path, tensors | own, header)
 
-    def resume(self, path: Path | None, batch_size: int | None) -> int | None:
-        """Take up a state that was written; return its batch size, or None if there is none."""
-        if path is None or not path.is_file():
+    def resume(self, path: Path, batch_size: int | None) -> int | None:
+        """Take up a state that was written; return its batch size, or None if there is none.
+
+        Raises:
+            RunFolderError: If it is damaged, or of another recording.
+        """
+        if not path.is_file():
             return None
         tensors, header = read_tensors(path)
-        mend = f"delete {path} to start afresh"
         same = header.get("identity") == self._identity() and torch.equal(
             tensors.get("thresholds", torch.empty(0)), self.thresholds
         )
         if not same:
-            raise RunFolderError(f"{path} is of another recording; {mend}")
-        if batch_size is not None and batch_size != header["batch_size"]:
+            raise RunFolderError(f"{path} is of another recording; delete it to start afresh")
+        if batch_size is not None and batch_size != header.get("batch_size"):
             raise RunFolderError(
-                f"{path} was begun with batch size {header['batch_size']}, not {batch_size}; leave it out, or {mend}"
+                f"{path} was begun with batch size {header.get('batch_size')}, not {batch_size}; "
+                "leave the batch size out, or delete the file to start afresh"
             )
-        if not set(_STATE) <= set(tensors) or not 0 <= header["next_window"] <= self.windows.n_windows:
-            raise RunFolderError(f"{path} is damaged; {mend}")
-        self.next_window = header["next_window"]
+        return int(decode(path, lambda: self._restore(tensors, header)))
+
+    def _restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
+        next_window, batch_size = int(header["next_window"]), int(header["batch_size"])
+        if not 0 <= next_window <= self.windows.n_windows or batch_size < 1:
+            raise ValueError(f"next_window is {next_window} of {self.windows.n_windows}, batch_size {batch_size}")
+        own = {name: getattr(self, name) for name in ("maximum", "example_value", "example_position")}
+        for name, target in own.items():
+            _fill(name, target, tensors[name])
         for layer, state in enumerate(self.states):
-            state.n_tokens = self.next_window * self.windows.window
+            state.n_tokens = next_window * self.windows.window
             for name in _STATE:
-                getattr(state, name).copy_(tensors[name][layer])
-        for name in ("maximum", "example_value", "example_position"):
-            getattr(self, name).copy_(tensors[name])
-        return int(header["batch_size"])
+                _fill(name, getattr(state, name), tensors[name][layer])
+        self.next_window = next_window
+        return batch_size
 
     def finish(self) -> NeuronStatistics:
         """Return the statistics, with the text around each example."""
@@ -215,6 +234,12 @@ class _Recording:
             token_strings={token: tokenizer.decode([token]) for token in ids} if tokenizer else {},
             **stacked,
         )
+
+
+def _fill(name: str, target: Tensor, source: Tensor) -> None:
+    if source.shape != target.shape or source.dtype != target.dtype:
+        raise ValueError(f"{name} is {source.dtype} {list(source.shape)}, not {target.dtype} {list(target.shape)}")
+    target.copy_(source)
 
 
 def _contexts(tokens: Tensor, position: Tensor) -> Tensor:
@@ -248,4 +273,4 @@ def _stop_requested(active: bool) -> Iterator[threading.Event]:
         yield stop
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from neuron_sparsity.adapter import ModelInfo
-from neuron_sparsity.kernels import histogram_edges
+from neuron_sparsity.kernels import N_BINS, histogram_edges
 from neuron_sparsity.store import decode, read_tensors, write_tensors
 
 __all__ = ["CONTEXT_BEFORE", "CONTEXT_LENGTH", "NeuronStatistics"]
@@ -130,6 +130,9 @@ class NeuronStatistics:
     def merge(self, other: NeuronStatistics) -> NeuronStatistics:
         """Return the statistics of both recordings together: counts exactly, sums to rounding; associative.
 
+        A merged example's position is still the one in the corpus it came from. If the two keep different numbers of
+        examples, the smaller number is kept.
+
         Raises:
             ValueError: If they are of different models or thresholds, or share a part of the corpus.
         """
@@ -141,6 +144,7 @@ class NeuronStatistics:
         return NeuronStatistics(
             model=self.model,
             corpus=_merge_corpus(self.corpus, other.corpus),
+            n_tokens=self.n_tokens + other.n_tokens,
             thresholds=self.thresholds,
             threshold_names=self.threshold_names,
             w_norm=self.w_norm,
@@ -178,7 +182,6 @@ class NeuronStatistics:
 
 
 _SUMMED = (
-    "n_tokens",
     "zero_count",
     "contribution_sum",
     "contribution_sq_sum",
@@ -186,8 +189,21 @@ _SUMMED = (
     "histogram",
     "above_count",
 )
-_SCALARS = ("model", "corpus", "n_tokens", "threshold_names", "token_strings")
-_TENSORS = tuple(field.name for field in fields(NeuronStatistics) if field.name not in _SCALARS)
+_TENSORS = {
+    "zero_count": (torch.int64, "layer neuron"),
+    "contribution_sum": (torch.float64, "layer neuron"),
+    "contribution_sq_sum": (torch.float64, "layer neuron"),
+    "activation_sum": (torch.float64, "layer neuron"),
+    "contribution_max": (torch.float32, "layer neuron"),
+    "histogram": (torch.int64, "layer neuron bin"),
+    "thresholds": (torch.float32, "layer k"),
+    "above_count": (torch.int64, "layer neuron k"),
+    "example_value": (torch.float32, "layer neuron example"),
+    "example_position": (torch.int64, "layer neuron example"),
+    "example_context": (torch.int32, "layer neuron example context"),
+    "w_norm": (torch.float32, "layer neuron"),
+}
+"""Type and axes of every tensor, as they are written."""
 
 
 def _build(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NeuronStatistics:
@@ -199,11 +215,18 @@ def _build(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NeuronSt
         token_strings={int(key): str(value) for key, value in header["token_strings"].items()},
         **{name: tensors[name] for name in _TENSORS},
     )
-    shape = (stats.model.n_layers, stats.model.d_mlp)
-    for name in _TENSORS:
-        expected = shape[:1] if name == "thresholds" else shape
-        if tuple(getattr(stats, name).shape[: len(expected)]) != expected:
-            raise ValueError(f"{name} has shape {list(getattr(stats, name).shape)}, the model has {shape}")
+    sizes = {
+        "layer": stats.model.n_layers,
+        "neuron": stats.model.d_mlp,
+        "bin": N_BINS,
+        "k": len(stats.threshold_names),
+        "example": stats.example_value.shape[-1],
+        "context": CONTEXT_LENGTH,
+    }
+    for name, (dtype, axes) in _TENSORS.items():
+        tensor, shape = tensors[name], [sizes[axis] for axis in axes.split()]
+        if tensor.dtype != dtype or list(tensor.shape) != shape:
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {shape}")
     return stats
 
 
@@ -219,7 +242,7 @@ def _merge_corpus(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def _merge_examples(a: NeuronStatistics, b: NeuronStatistics) -> dict[str, Tensor]:
-    n_example = a.example_value.shape[2]
+    n_example = min(a.example_value.shape[2], b.example_value.shape[2])  # beyond that, one side's are unknown
     value = torch.cat((a.example_value, b.example_value), dim=2)
     position = torch.cat((a.example_position, b.example_position), dim=2)
     context = torch.cat((a.example_context, b.example_context), dim=2)

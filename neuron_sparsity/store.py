@@ -25,6 +25,7 @@ __all__ = [
     "SCHEMA",
     "RunFolder",
     "decode",
+    "make_folder",
     "provenance",
     "read_json",
     "read_tensors",
@@ -75,14 +76,14 @@ class RunFolder:
     def __init__(self, path: str | Path, request: Mapping[str, Any] | None = None) -> None:
         self.path = Path(path)
         if request is None:
-            if not (self.path / "run.json").is_file():
+            if not self.has("run.json"):
                 raise RunFolderError(
                     f"{self.path} is no run folder (it has no run.json); name a folder made by `record`"
                 )
             self.request = read_json(self.path / "run.json")
             return
-        self.request = json.loads(json.dumps(dict(request)))
-        _make_folder(self.path)
+        self.request = json.loads(json.dumps(_finite(dict(request))))
+        make_folder(self.path)
         if (self.path / "run.json").exists():
             self._check_same(read_json(self.path / "run.json"))
         elif any(entry.name[0] != "." for entry in self.path.iterdir()):
@@ -106,7 +107,7 @@ class RunFolder:
 
     def has(self, name: str) -> bool:
         """Return whether a file of this run is there."""
-        return self.file(name).is_file()
+        return os.path.isfile(self.file(name))  # noqa: PTH113 (False, and no error, if it may not be looked at)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -140,7 +141,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise RunFolderError(f"{path} does not exist; the step that writes it has not run") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise RunFolderError(f"{path} cannot be read ({_reason(error)}); run the step that writes it again") from error
+        raise RunFolderError(
+            f"{path} cannot be read ({_reason(error)}); delete it and run the step that writes it again"
+        ) from error
     _check_schema(path, data.get("schema") if isinstance(data, dict) else None)
     return data
 
@@ -172,7 +175,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except FileNotFoundError:
         raise RunFolderError(f"{path} does not exist; the step that writes it has not run") from None
     except (OSError, ValueError, KeyError, SafetensorError, RecursionError) as error:
-        raise RunFolderError(f"{path} cannot be read ({_reason(error)}); run the step that writes it again") from error
+        raise RunFolderError(
+            f"{path} cannot be read ({_reason(error)}); delete it and run the step that writes it again"
+        ) from error
     _check_schema(path, header.get("schema") if isinstance(header, dict) else None)
     return tensors, header
 
@@ -185,19 +190,19 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     temporary = None
     try:
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-        temporary = None
+        temporary.chmod(0o644)
+        temporary.replace(path)
     except OSError as error:
         raise RunFolderError(_cannot_write(path, error)) from error
     finally:
-        if temporary is not None and os.path.exists(temporary):
-            os.unlink(temporary)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def decode(path: Path, build: Callable[[], Any]) -> Any:
@@ -209,7 +214,9 @@ def decode(path: Path, build: Callable[[], Any]) -> Any:
     try:
         return build()
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise RunFolderError(f"{path} is damaged ({_reason(error)}); run the step that writes it again") from error
+        raise RunFolderError(
+            f"{path} is damaged ({_reason(error)}); delete it and run the step that writes it again"
+        ) from error
 
 
 def _check_schema(path: Path, schema: Any) -> None:
@@ -221,12 +228,17 @@ def _check_schema(path: Path, schema: Any) -> None:
         )
 
 
-def _make_folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
+    """Make a folder, or prove that the one that is there can be written to: before hours of work, not after them.
+
+    Raises:
+        RunFolderError: If it cannot be made or written to, or is a file.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         descriptor, probe = tempfile.mkstemp(dir=path, prefix=".probe.")
         os.close(descriptor)
-        os.unlink(probe)
+        Path(probe).unlink()
     except FileExistsError:
         raise RunFolderError(f"{path} is a file; name a folder with --out") from None
     except OSError as error:

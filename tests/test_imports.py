@@ -23,6 +23,7 @@ ROOMS = [
     "store",
     "sources",
     "corpus",
+    "weights",
     "adapter",
     "perplexity",
     "statistics",

@@ -90,6 +90,9 @@ def neuron_statistics(
 ) -> Float[Tensor, " neuron"]:
     """Add the tokens of `z` to a layer's running statistics, in one pass.
 
+    `z` is meant to be finite: NaN or infinity in one neuron makes its own sums NaN or infinite and leaves all other
+    neurons alone, so that a caller may check `activation_sum` afterwards instead of `z` before.
+
     Args:
         z: Post-activations, batch and pos flattened.
         w_norm: Norm of each neuron's output weights, float32.
@@ -137,13 +140,16 @@ def tail_error(
         ValueError: If shapes disagree.
 
     Example:
-        >>> error, active, full = tail_error(torch.tensor([[3.0, 4.0]]), torch.ones(2), torch.eye(2), torch.tensor([3.5]))
+        >>> z, w_out = torch.tensor([[3.0, 4.0]]), torch.eye(2)
+        >>> error, active, full = tail_error(z, torch.ones(2), w_out, torch.tensor([3.5]))
         >>> error.tolist(), active.tolist(), full.tolist()
         ([[3.0]], [1], [5.0])
     """
     _check(z, w_norm)
     if w_out.dim() != 2 or w_out.shape[0] != z.shape[1]:
         raise ValueError(f"w_out must be [{z.shape[1]}, d_model], got {list(w_out.shape)}")
+    if thresholds.dim() != 1:
+        raise ValueError(f"thresholds must be [threshold], got {list(thresholds.shape)}")
     return reference.tail_error(z, w_norm, w_out, thresholds)
 
 
@@ -151,6 +157,8 @@ def threshold_mask(
     z: Float[Tensor, "token neuron"], w_norm: Float[Tensor, " neuron"], threshold: float
 ) -> Int[Tensor, " token"]:
     """Set every activation whose contribution is below `threshold` to zero, in place.
+
+    What is kept is not changed by a bit. NaN stays NaN, and is not active.
 
     Args:
         z: Post-activations; changed.
@@ -220,6 +228,8 @@ def global_rank(scores: Float[Tensor, "layer neuron"], k: int) -> Int[Tensor, "k
         >>> global_rank(torch.tensor([[3.0, 1.0], [0.5, 1.0]]), 3).tolist()
         [[1, 0], [0, 1], [1, 1]]
     """
+    if scores.dim() != 2:
+        raise ValueError(f"scores must be [layer, neuron], got {list(scores.shape)}")
     if not 0 <= k <= scores.numel():
         raise ValueError(f"k must be between 0 and {scores.numel()}, got {k}")
     if torch.isnan(scores).any():

@@ -48,7 +48,8 @@ def neuron_statistics(z: Tensor, w_norm: Tensor, state: StatisticsState) -> Tens
         state.activation_sum += (row @ block).double()
         state.contribution_sum += (row @ c).double()
         torch.maximum(maximum, c.amax(dim=0), out=maximum)
-        state.nonzero_count += (row @ torch.sign(c, out=flags)).long()
+        # Of z itself: c is zero too where a neuron has no output weights, and where the product underflows.
+        state.nonzero_count += (row @ torch.ne(block, 0.0, out=flags)).long()
         for k, threshold in enumerate(state.thresholds.tolist()):
             state.above_count[:, k] += (row @ torch.ge(c, threshold, out=flags)).long()
         torch.bitwise_right_shift(c.view(torch.int32), _BIN_SHIFT, out=index)

