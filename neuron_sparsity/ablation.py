@@ -60,7 +60,8 @@ class AblationResult:
         ppl_increase_percent: The measured rise.
         curve: Every measured count: n_removed, ppl, ppl_increase_percent; ascending.
         control: The same number of random neurons of every layer, or None where nothing is removable.
-        heldout: The same removal on text that the search never saw, and whether it holds p there.
+        heldout: The same removal on text that the search never saw, and whether it holds p there;
+            `unseen_by_ranking` is true where the ranking was made on the calibration part alone.
         ranking_corpus: What the ranking was made on.
         model: What was measured.
         corpus: The calibration part.
@@ -183,6 +184,8 @@ def removable_neurons(
     chosen = ranking.order()[:n_removable]
     control = removal.control(chosen, seed) if n_removable else None
     confirmed = removal.confirm(chosen, heldout, p_percent) if n_removable else None
+    if confirmed is not None:
+        confirmed["unseen_by_ranking"] = ranking.corpus["sha256"] == windows.sha256
     rise = removal.rises[n_removable]
     return AblationResult(
         p_percent=p_percent,

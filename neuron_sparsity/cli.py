@@ -5,21 +5,19 @@ Exit codes: 0 done; 1 a one-line error on stderr; 2 wrong usage. Results go to s
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import json
-import os
+import io
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from neuron_sparsity import __version__
-from neuron_sparsity.errors import NeuronSparsityError
+from neuron_sparsity.terminal import one_line_errors, prepare, printable
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
@@ -31,6 +29,9 @@ __all__ = ["app", "main"]
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_CORPUS = "sotu"
+DEFAULT_TOKENS = 12_288
+RANKINGS = ("contribution", "activation_frequency", "maximum", "weight_norm", "random")
+REPLACEMENTS = ("mean", "zero")
 
 app = typer.Typer(
     help="Which neurons of a language model do anything, and how few does it need?",
@@ -78,25 +79,6 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
 
-def one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn the package's errors and refused arguments into one red line and exit code 1."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except KeyboardInterrupt:
-            _complain("interrupted; the same command goes on from what is in the run folder")
-            raise typer.Exit(130) from None
-        except (NeuronSparsityError, ValueError, MemoryError) as error:
-            if os.environ.get("NEURON_SPARSITY_DEBUG"):
-                raise
-            _complain(str(error) or "out of memory; lower --batch-size or --n-ctx")
-            raise typer.Exit(1) from None
-
-    return wrapped
-
-
 @app.command()
 @one_line_errors
 def report(
@@ -105,7 +87,7 @@ def report(
     ] = DEFAULT_MODEL,
     text: Text = None,
     p: P = 1.0,
-    tokens: Tokens = 12_288,
+    tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
     ranking: By = "contribution",
     replacement: Replacement = "mean",
@@ -125,12 +107,14 @@ def report(
 
     Two thirds of the windows are for measuring, one third confirms what can go.
     """
-    _check_p(p)
+    _check(p, ranking, replacement, scope)
     if (Path(model) / "run.json").is_file():
         from neuron_sparsity.pipeline import load_run, render
 
-        render(model)
+        if out is not None or text:
+            raise ValueError(f"{model} is a run folder, rendered in place; leave out --out and --text")
         found = load_run(model)
+        render(model, found)
         _conclude(Path(model), found["result"], found["stats"], found["removed"], quiet=quiet, as_json=as_json)
         return
     with _run(model, text, tokens, out, locals(), heldout=True) as run:
@@ -149,7 +133,7 @@ def report(
 def record(
     model: Model = DEFAULT_MODEL,
     text: Text = None,
-    tokens: Tokens = 8192,
+    tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
     n_ctx: NCtx = None,
     bos: Bos = None,
@@ -167,8 +151,8 @@ def record(
     if as_json:
         _print_json({"folder": str(run.folder.path), "n_tokens": stats.n_tokens, "model": stats.model.to_json()})
     elif not quiet:
-        typer.echo(f"{_measured_on(stats.model.name, stats.corpus)}: {stats.n_layers} x {stats.d_mlp} neurons recorded")
-        typer.echo(f"statistics: {run.folder.file('statistics.safetensors')}")
+        _say(f"{_measured_on(stats.model.name, stats.corpus)}: {stats.n_layers} x {stats.d_mlp} neurons recorded")
+        _say(f"statistics: {run.folder.file('statistics.safetensors')}")
 
 
 @app.command()
@@ -177,7 +161,7 @@ def sparsity(
     model: Model = DEFAULT_MODEL,
     text: Text = None,
     p: P = 1.0,
-    tokens: Tokens = 8192,
+    tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
     n_ctx: NCtx = None,
     bos: Bos = None,
@@ -190,7 +174,7 @@ def sparsity(
     as_json: AsJson = False,
 ) -> None:
     """Search CETT-PPL-p%: how few neurons may stay active before perplexity rises by p percent."""
-    _check_p(p)
+    _check(p)
     with _run(model, text, tokens, out, locals()) as run:
         result = run.sparsity(p)
     _conclude(run.folder.path, result, None, None, quiet=quiet, as_json=as_json)
@@ -202,7 +186,7 @@ def ablate(
     model: Model = DEFAULT_MODEL,
     text: Text = None,
     p: P = 1.0,
-    tokens: Tokens = 12_288,
+    tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
     ranking: By = "contribution",
     replacement: Replacement = "mean",
@@ -219,7 +203,7 @@ def ablate(
     as_json: AsJson = False,
 ) -> None:
     """Find the largest set of neurons that can go for good; a third of the windows confirms it."""
-    _check_p(p)
+    _check(p, ranking, replacement, scope)
     with _run(model, text, tokens, out, locals(), heldout=True) as run:
         result = run.sparsity(p) if ranking == "activation_frequency" else None
         stats = run.record(result)
@@ -245,7 +229,7 @@ def rank(
     as_json: AsJson = False,
 ) -> None:
     """List the weakest (or strongest) neurons of a recording."""
-    from neuron_sparsity.ranking import RANKINGS
+    from neuron_sparsity.ranking import RANKINGS as DEFINITIONS
     from neuron_sparsity.ranking import rank as rank_neurons
     from neuron_sparsity.statistics import NeuronStatistics
     from neuron_sparsity.store import RunFolder
@@ -264,11 +248,11 @@ def rank(
     ]
     if as_json:
         _print_json(
-            {"by": by, "scope": scope, "definition": RANKINGS[by][0], "corpus": stats.corpus, "neurons": listed}
+            {"by": by, "scope": scope, "definition": DEFINITIONS[by][0], "corpus": stats.corpus, "neurons": listed}
         )
         return
     which = "strongest" if strongest is not None else "weakest"
-    typer.echo(f"{which} by {RANKINGS[by][0]}; {_measured_on(stats.model.name, stats.corpus)}")
+    _say(f"{which} by {DEFINITIONS[by][0]}; {_measured_on(stats.model.name, stats.corpus)}")
     for entry in listed:
         typer.echo(f"layer {entry['layer']:>3}  neuron {entry['neuron']:>6}  {entry['score']:.4g}")
 
@@ -284,7 +268,7 @@ def doctor(as_json: AsJson = False) -> None:
         _print_json(found)
     else:
         for line in lines(found):
-            typer.echo(line)
+            _say(line)
 
 
 @app.callback(invoke_without_command=True)
@@ -298,10 +282,7 @@ def _version(
 
 def main() -> None:
     """Run the command line."""
-    _keep_freed_memory()
-    # The progress shown is this program's own.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    prepare()
     app()
 
 
@@ -312,8 +293,8 @@ def _run(
     """Load model and corpus and open the run folder."""
     from neuron_sparsity.progress import progress_bar
 
+    _check_sizes(options)
     show = not options["quiet"] and sys.stderr.isatty()
-    sources = text or [DEFAULT_CORPUS]
     with progress_bar(show) as progress:
         if progress:
             progress(f"loading {model}", 0, 0)
@@ -321,20 +302,22 @@ def _run(
         from neuron_sparsity.corpus import load_corpus
         from neuron_sparsity.pipeline import Run
 
-        loaded = load_model(
-            model,
-            device=options["device"],
-            dtype=options["dtype"],
-            trust_remote_code=options["trust_remote_code"],
-        )
-        windows = load_corpus(
-            sources[0] if len(sources) == 1 else sources,
-            loaded,
-            n_tokens=tokens,
-            n_ctx=options["n_ctx"],
-            prepend_bos=options["bos"],
-            packed=options["packed"],
-        )
+        _check_device(options["device"])
+        with redirect_stdout(io.StringIO()):  # stdout is for results, and some libraries print there
+            loaded = load_model(
+                model,
+                device=options["device"],
+                dtype=options["dtype"],
+                trust_remote_code=options["trust_remote_code"],
+            )
+            windows = load_corpus(
+                text[0] if text and len(text) == 1 else text or DEFAULT_CORPUS,
+                loaded,
+                n_tokens=tokens,
+                n_ctx=options["n_ctx"],
+                prepend_bos=options["bos"],
+                packed=options["packed"],
+            )
         yield Run(
             attach(loaded, name=model),
             windows,
@@ -358,27 +341,58 @@ def _conclude(
     from neuron_sparsity.summary import summary_lines
 
     if as_json:
-        both = {"folder": str(folder)}
-        if result is not None and removed is not None:
-            _print_json(both | {"sparsity": result.to_json(), "ablation": removed.to_json()})
-        elif (one := result if result is not None else removed) is not None:
-            _print_json({"schema": 1} | one.to_json())
+        parts = {"sparsity": result, "ablation": removed}
+        found = {name: part.to_json() for name, part in parts.items() if part is not None}
+        alone = len(found) == 1 and stats is None
+        _print_json(next(iter(found.values())) if alone else {"folder": str(folder)} | found)
         return
     if quiet:
         return
     for line in summary_lines(result, stats, removed):
-        typer.echo(line)
+        _say(line)
     page = folder / "report.html"
-    typer.echo(f"report: {page}" if stats is not None and page.is_file() else f"run folder: {folder}")
+    _say(f"report: {page}" if stats is not None and page.is_file() else f"run folder: {folder}")
 
 
-def _check_p(p: float) -> None:
-    if not (p > 0 and p != float("inf")):
+def _check(p: float, ranking: str = "contribution", replacement: str = "mean", scope: str = "model") -> None:
+    """Refuse what no later step would take, before the first step has taken an hour."""
+    if not (math.isfinite(p) and p > 0):
         raise ValueError(f"--p must be a positive number of percent, got {p:g}")
+    for option, value, allowed in (
+        ("--ranking", ranking, RANKINGS),
+        ("--replacement", replacement, REPLACEMENTS),
+        ("--scope", scope, ("model", "layer")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _check_sizes(options: dict[str, Any]) -> None:
+    for option, value, least in (
+        ("--tokens", options["tokens"], 1),
+        ("--n-ctx", options["n_ctx"], 2),
+        ("--batch-size", options["batch_size"], 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{option} must be at least {least}, got {value}")
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} does not work here ({reason}); see `neuron-sparsity doctor`") from error
 
 
 def _measured_on(model: str, corpus: dict[str, Any]) -> str:
     return f"{model} on {corpus['name']}, {corpus['n_tokens']:,} tokens in windows of {corpus['window']}"
+
+
+def _say(line: str) -> None:
+    typer.echo(printable(line))
 
 
 def _print_json(data: dict[str, Any]) -> None:
@@ -387,28 +401,8 @@ def _print_json(data: dict[str, Any]) -> None:
     typer.echo(to_json_text(data))
 
 
-def _complain(message: str) -> None:
-    line = re.sub(r"\s+", " ", message).strip()
-    typer.secho(f"error: {line}", fg="red" if sys.stderr.isatty() else None, err=True)
-
-
 def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "run"
-
-
-def _keep_freed_memory() -> None:
-    """Have glibc keep freed memory instead of giving it back to the system after every large tensor.
-
-    Measured on two cores: a forward pass of smollm2-135m takes three quarters of the time, since its pages need not
-    be zeroed again and again. Elsewhere than on glibc nothing happens.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):
-        return
 
 
 if __name__ == "__main__":

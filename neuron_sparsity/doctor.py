@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def examine() -> dict[str, Any]:
-    """Return versions, devices, model classes, built-ins and kernels as plain data."""
+    """Return versions, devices, model classes and built-ins as plain data."""
     import torch
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -49,13 +49,14 @@ def examine() -> dict[str, Any]:
 
 def lines(found: dict[str, Any]) -> list[str]:
     """Return what `examine` found, for reading."""
+    cpu = found["cpu"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     built_in = ", ".join(f"{name} {'ready' if ok else 'not installed'}" for name, ok in found["built_in"].items())
     memory = f"{found['memory_gib']:.1f} GiB free memory" if found["memory_gib"] is not None else "free memory unknown"
     return [
         f"python {found['python']} on {found['platform']}",
         f"versions: {versions}",
-        f"cpu: {found['cpu']['cores']} cores, {found['cpu']['threads']} threads, {found['cpu']['capability']}, {memory}",
+        f"cpu: {cpu['cores']} cores, {cpu['threads']} threads, {cpu['capability']}, {memory}",
         f"gpu: {', '.join(found['gpus']) or 'none'}",
         f"models: {', '.join(found['model_classes']) or 'no TransformerLens found'}",
         f"built-ins: {built_in}"

@@ -12,14 +12,16 @@ stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from neuron_sparsity.ablation import AblationResult, removable_neurons
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import rank
 from neuron_sparsity.recorder import record
@@ -33,6 +35,13 @@ __all__ = ["Run", "load_run", "render"]
 
 CALIBRATION_SHARE = 2 / 3
 _MAX_WINDOW_BYTES = 64 << 20
+_KINDS: dict[str, tuple[type, ...]] = {
+    "float": (float, int),
+    "int": (int,),
+    "bool": (bool,),
+    "str": (str,),
+    "dict": (dict,),
+}
 
 
 @dataclass
@@ -73,26 +82,38 @@ class Run:
                 "corpus": self.windows.describe(),
             },
         )
-        self._keep_windows()
+        self._keep_windows(self._measured_windows())
 
     def sparsity(self, p_percent: float) -> SparsityResult:
         """Search CETT-PPL-p%, or read it if the folder has it for the same p and text."""
-        found = self._found("sparsity.json", SparsityResult.from_json)
-        if found and found.p_percent == p_percent and found.corpus["sha256"] == self.calibration.sha256:
+        found = self._found(
+            "sparsity.json",
+            SparsityResult.from_json,
+            lambda old: old.p_percent == p_percent and old.corpus["sha256"] == self.calibration.sha256,
+        )
+        if found is not None:
             return found
         result = cett_ppl_sparsity(
             self.adapter, self.calibration, p_percent=p_percent, batch_size=self.batch_size, progress=self.progress
         )
         write_json(self.folder.file("sparsity.json"), result.to_json())
+        self._keep_windows(self.calibration)
         return result
 
     def record(self, result: SparsityResult | None = None) -> NeuronStatistics:
-        """Record every neuron, counting exactly under a result's thresholds; or read the recording if it is there."""
+        """Record every neuron, counting exactly under a result's thresholds; or read the recording if it is there.
+
+        A recording of the whole text serves too where no thresholds are asked for: `ablation.json` says then that
+        the ranking has seen the held-out part.
+        """
         thresholds = {} if result is None else {result.name: result.thresholds}
         if self.folder.has("statistics.safetensors"):
             stats = NeuronStatistics.load(self.folder.path)
-            same = stats.corpus["sha256"] == self.calibration.sha256
-            if same and (result is None or _same_thresholds(stats, result)):
+            path = self.folder.file("statistics.safetensors")
+            sha = decode(path, lambda: str(stats.corpus["sha256"]))
+            if result is None and sha in (self.calibration.sha256, self.windows.sha256):
+                return stats
+            if result is not None and sha == self.calibration.sha256 and _same_thresholds(stats, result):
                 return stats
         return record(
             self.adapter,
@@ -107,15 +128,9 @@ class Run:
         self, stats: NeuronStatistics, *, p_percent: float, ranking: str, replacement: str, scope: str, seed: int
     ) -> AblationResult:
         """Find what can go for good, or read it if the folder has it for the same question."""
-        found = self._found("ablation.json", AblationResult.from_json)
-        asked = (p_percent, ranking, replacement, scope, self.calibration.sha256)
-        if found and asked == (
-            found.p_percent,
-            found.ranking,
-            found.replacement,
-            found.scope,
-            found.corpus["sha256"],
-        ):
+        asked = (p_percent, ranking, replacement, scope, seed, self.calibration.sha256)
+        found = self._found("ablation.json", AblationResult.from_json, lambda old: _question(old) == asked)
+        if found is not None:
             return found
         removed = removable_neurons(
             self.adapter,
@@ -132,25 +147,52 @@ class Run:
         return removed
 
     def passage(self, result: SparsityResult) -> TokenActivity:
-        """Measure the activity of every layer on each token of the calibration part's middle window."""
-        activity = token_activity(self.adapter, self.calibration, result, window=self.calibration.n_windows // 2)
-        write_json(self.folder.file("passage.json"), activity.to_json())
+        """Measure the activity of every layer on each token of the calibration part's middle window, or read it."""
+        thresholds = {"thresholds": result.thresholds}
+        path, middle = self.folder.file("passage.json"), self.calibration.n_windows // 2
+        if self.folder.has("passage.json"):
+            data = read_json(path)
+            found = decode(path, lambda: _built(TokenActivity.from_json, data))
+            same = (data.get("thresholds"), found.corpus.get("sha256"), found.corpus.get("window_index"))
+            if same == (result.thresholds, self.calibration.sha256, middle):
+                return found
+        activity = token_activity(self.adapter, self.calibration, result, window=middle)
+        write_json(path, activity.to_json() | thresholds)
         return activity
 
-    def _keep_windows(self) -> None:
-        parts = {"": self.calibration} | ({"heldout_": self.confirmation} if self.confirmation is not None else {})
+    def _keep_windows(self, main: Windows) -> None:
+        """Write the windows: `tokens` and `scored` are those of `sparsity.json`, or of the part that is searched.
+
+        Where those are all windows and a search for removable neurons was made on a part of them, that part is there
+        as `calibration_tokens`; its held-out part is `heldout_tokens`.
+        """
+        parts = {"": main}
+        if self.confirmation is not None or self.folder.has("ablation.json"):
+            calibration, heldout = self.windows.split(CALIBRATION_SHARE)
+            parts |= {"heldout_": heldout} | (
+                {} if calibration.sha256 == main.sha256 else {"calibration_": calibration}
+            )
         tensors = {
             f"{prefix}{name}": getattr(part, name) for prefix, part in parts.items() for name in ("tokens", "scored")
         }
         if sum(tensor.nbytes for tensor in tensors.values()) <= _MAX_WINDOW_BYTES:
-            write_tensors(self.folder.file("windows.safetensors"), tensors, self.windows.describe())
+            write_tensors(self.folder.file("windows.safetensors"), tensors, main.describe())
 
-    def _found(self, name: str, build: Callable[[dict[str, Any]], Any]) -> Any:
+    def _measured_windows(self) -> Windows:
+        """Return the windows that `sparsity.json` was measured on, if it is there; else those to be searched."""
+        found = self._found(
+            "sparsity.json", SparsityResult.from_json, lambda old: old.corpus["sha256"] == self.windows.sha256
+        )
+        return self.calibration if found is None else self.windows
+
+    def _found(self, name: str, build: Callable[[dict[str, Any]], Any], same: Callable[[Any], bool]) -> Any:
+        """Return what a file holds if it answers the same question, else None."""
         if not self.folder.has(name):
             return None
         path = self.folder.file(name)
         data = read_json(path)
-        return decode(path, lambda: build(data))
+        old = decode(path, lambda: _built(build, data))
+        return old if decode(path, lambda: same(old)) else None
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
@@ -169,20 +211,46 @@ def load_run(path: str | Path) -> dict[str, Any]:
     for key, (name, build) in builders.items():
         file = folder.file(name)
         data = read_json(file) if folder.has(name) else None
-        found[key] = None if data is None else decode(file, lambda data=data, build=build: build(data))
+        found[key] = None if data is None else decode(file, partial(_built, build, data))
     return found
 
 
-def render(path: str | Path) -> Report:
+def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:
     """Write `report.html` of a run folder from what it holds; no model is loaded.
 
+    Args:
+        path: The run folder.
+        found: What `load_run` returned, if it was called already.
+
     Raises:
-        RunFolderError: If there is nothing to render, or the page cannot be written.
+        RunFolderError: If there is nothing to render, files do not fit together, or the page cannot be written.
     """
-    found = load_run(path)
-    page = report(found["stats"], found["result"], found["removed"], passage=found["passage"])
+    found = load_run(path) if found is None else found
+    try:
+        page = report(found["stats"], found["result"], found["removed"], passage=found["passage"])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise RunFolderError(
+            f"{path} cannot be rendered ({reason}); if a file in it was edited, delete that file and run its step again"
+        ) from error
     page.save(Path(path) / "report.html")
     return page
+
+
+def _built(build: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Any:
+    """Build a result from JSON, and refuse fields of another type: `from_json` takes whatever a file says."""
+    result = build(data)
+    for field in fields(result):
+        kinds, value = _KINDS.get(str(field.type).split("[")[0]), getattr(result, field.name)
+        if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+            raise TypeError(f"{field.name} must be {field.type}, got {type(value).__name__}")
+    return result
+
+
+def _question(removed: AblationResult) -> tuple[Any, ...]:
+    """What a removal was asked for: the same question has the same answer."""
+    asked = (removed.p_percent, removed.ranking, removed.replacement, removed.scope)
+    return (*asked, removed.provenance["seed"], removed.corpus["sha256"])
 
 
 def _same_thresholds(stats: NeuronStatistics, result: SparsityResult) -> bool:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from neuron_sparsity.terminal import printable
+
 __all__ = ["progress_bar"]
 
 
@@ -27,16 +29,17 @@ def progress_bar(show: bool) -> Iterator[Callable[[str, int, int], None] | None]
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    current: list[tuple[str, TaskID, float]] = []
+    current: list[tuple[str, TaskID, float, int]] = []
 
     def update(label: str, done: int, total: int) -> None:
-        if not current or current[0][0] != label or done == 0:
+        if not current or current[0][0] != label or done <= current[0][3]:
             if current and current[0][0].startswith("loading"):
                 bar.update(current[0][1], total=1, completed=1)
-            current[:] = [(label, bar.add_task(label, total=total or None, rate=""), time.monotonic())]
-        _, task, start = current[0]
-        seconds = time.monotonic() - start
-        bar.update(task, completed=done, rate=f"{done / seconds:,.0f} tokens/s" if done and seconds > 0 else "")
+            task = bar.add_task(printable(label), total=total or None, completed=done, rate="")
+            current[:] = [(label, task, time.monotonic(), done)]
+        _, task, start, first = current[0]
+        seconds, new = time.monotonic() - start, done - first
+        bar.update(task, completed=done, rate=f"{new / seconds:,.0f} tokens/s" if new and seconds > 0 else "")
 
     with bar:
         yield update

@@ -52,8 +52,8 @@ def _sparsity_lines(result: SparsityResult) -> list[str]:
     ]
     if not result.converged:
         lines.append(
-            f"the measured rise is more than {result.tolerance_percent:g} points from {result.p_percent:g} %: it jitters "
-            "by rounding; more tokens make it steadier"
+            f"the measured rise is more than {result.tolerance_percent:g} points from {result.p_percent:g} %: "
+            "it jitters by rounding; more tokens make it steadier"
         )
     return lines
 
@@ -64,9 +64,10 @@ def _neuron_lines(stats: NeuronStatistics) -> list[str]:
     lines = []
     if stats.threshold_names:
         frequency = stats.activation_frequency(0)
+        dead, never = int((frequency < 0.001).sum()), int((frequency == 0).sum())
         lines.append(
             f"dead under {stats.threshold_names[0]} (active on less than 0.1 % of {n_tokens:,} tokens): "
-            f"{int((frequency < 0.001).sum()):,} of {n_neurons:,} neurons; never active: {int((frequency == 0).sum()):,}"
+            f"{dead:,} of {n_neurons:,} neurons; never active: {never:,}"
         )
     bound = f" (95 % upper bound of their frequency: {3 / n_tokens:.1e})" if silent else ""
     lines.append(f"exactly zero on all {n_tokens:,} tokens: {silent:,} of {n_neurons:,} neurons{bound}")
