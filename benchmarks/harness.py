@@ -20,7 +20,7 @@ import torch
 
 import neuron_sparsity as ns
 from neuron_sparsity.adapter import MLPAdapter, attach
-from neuron_sparsity.cli import _keep_freed_memory
+from neuron_sparsity.terminal import keep_freed_memory
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.store import provenance
 
@@ -41,7 +41,7 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def load(options: argparse.Namespace) -> tuple[MLPAdapter, Windows]:
     """Load model and corpus as the command line does."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    _keep_freed_memory()
+    keep_freed_memory()
     model = ns.load_model(options.model)
     windows = ns.load_corpus(options.text, model, n_tokens=options.tokens)
     return attach(model), windows
