@@ -20,9 +20,9 @@ import torch
 
 import neuron_sparsity as ns
 from neuron_sparsity.adapter import MLPAdapter, attach
-from neuron_sparsity.terminal import keep_freed_memory
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.store import provenance
+from neuron_sparsity.terminal import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -28,7 +28,7 @@ from neuron_sparsity.adapter import MLPAdapter, ModelInfo, PostHook, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.perplexity import Progress, mean_loss, token_losses
 from neuron_sparsity.ranking import Ranking
-from neuron_sparsity.sparsity import next_cett
+from neuron_sparsity.search import next_cett
 from neuron_sparsity.store import provenance
 
 __all__ = ["REPLACEMENTS", "AblationResult", "ablate", "removable_neurons"]

@@ -45,6 +45,7 @@ class CettCurves:
         maximum: Largest contribution seen.
         silent_tokens: Tokens whose MLP output is exactly zero; left out of the CETT.
         n_tokens: Tokens measured.
+        nonzero_ratio: Share of (token, neuron) pairs with `z` not exactly zero: the activation ratio at CETT 0.
     """
 
     threshold: Float[np.ndarray, "layer k"]
@@ -53,6 +54,7 @@ class CettCurves:
     maximum: Float[np.ndarray, " layer"]
     silent_tokens: Int[np.ndarray, " layer"]
     n_tokens: int
+    nonzero_ratio: Float[np.ndarray, " layer"]
 
     def thresholds_at(self, cett: float) -> list[float]:
         """Return the threshold of every layer for one CETT.
@@ -112,6 +114,7 @@ class CettCurves:
             maximum=np.maximum(self.maximum, other.maximum),
             silent_tokens=self.silent_tokens,
             n_tokens=self.n_tokens,
+            nonzero_ratio=self.nonzero_ratio,
         )
 
 
@@ -132,6 +135,7 @@ class CurveRecorder:
         self.maximum = torch.zeros(n_layers)
         self.heard = torch.zeros(n_layers, dtype=torch.int64)
         self.n_tokens = torch.zeros(n_layers, dtype=torch.int64)
+        self.nonzero = torch.zeros(n_layers, dtype=torch.int64)
 
     def on_post(self, layer: int, z: Float[Tensor, "batch pos neuron"]) -> None:
         """Add a batch of one layer's post-activations."""
@@ -149,6 +153,7 @@ class CurveRecorder:
         self.active[layer] += active.cpu()
         self.heard[layer] += heard.sum().cpu()
         self.n_tokens[layer] += len(flat)
+        self.nonzero[layer] += flat.count_nonzero().cpu()
         largest = torch.maximum(flat.amax(dim=0), -flat.amin(dim=0)).float() * w_norm
         self.maximum[layer] = max(float(self.maximum[layer]), float(largest.max()))
 
@@ -162,6 +167,7 @@ class CurveRecorder:
             maximum=self.maximum.numpy().astype(np.float64),
             silent_tokens=(self.n_tokens - self.heard).numpy(),
             n_tokens=int(self.n_tokens[0]),
+            nonzero_ratio=(self.nonzero.double() / pairs).numpy(),
         )
 
 
@@ -199,6 +205,7 @@ def probe_curves(adapter: MLPAdapter, windows: Windows, *, n_rows: int = 256) ->
         maximum=np.array([curve.maximum[i] for i, curve in enumerate(layers)]),
         silent_tokens=np.array([curve.silent_tokens[i] for i, curve in enumerate(layers)]),
         n_tokens=int(recorders[0].n_tokens[0]),
+        nonzero_ratio=np.array([curve.nonzero_ratio[i] for i, curve in enumerate(layers)]),
     )
 
 

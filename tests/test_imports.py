@@ -30,6 +30,7 @@ ROOMS = [
     "recorder",
     "curves",
     "truncation",
+    "search",
     "sparsity",
     "ranking",
     "ablation",

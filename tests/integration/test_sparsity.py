@@ -162,7 +162,10 @@ def test_the_result_knows_what_it_was_measured_on(case: SimpleNamespace) -> None
     assert case.result.silent_tokens == 0
     assert case.result.cost["forward_passes"] > 2
     assert case.result.name == "CETT-PPL-5%"
-    measured = [(one["cett"], one["ppl_increase_percent"]) for one in case.result.evaluations]
+    untouched, *truncated = case.result.evaluations
+    assert (untouched["cett"], untouched["ppl"], untouched["ppl_increase_percent"]) == (0.0, case.result.ppl_dense, 0.0)
+    assert truncated[0]["activation_ratio"] < untouched["activation_ratio"] <= 1
+    measured = [(one["cett"], one["ppl_increase_percent"]) for one in truncated]
     assert (case.result.cett, case.result.ppl_increase_percent) in measured
     assert len({cett for cett, _ in measured}) == len(measured)
     for curve, layer in zip(case.result.curves, case.result.layers, strict=True):
@@ -247,8 +250,8 @@ def test_a_tiny_p_ends_and_says_what_it_measured(llama: SimpleNamespace) -> None
     assert result.tolerance_percent == pytest.approx(2e-6)
     assert result.converged == (abs(result.ppl_increase_percent - 1e-4) <= 2e-6)
     assert result.reached
-    assert all(0 < one["cett"] <= 1 for one in result.evaluations)
-    closest = min(abs(one["ppl_increase_percent"] - 1e-4) for one in result.evaluations)
+    assert all(0 < one["cett"] <= 1 for one in result.evaluations[1:])
+    closest = min(abs(one["ppl_increase_percent"] - 1e-4) for one in result.evaluations[1:])
     assert abs(result.ppl_increase_percent - 1e-4) == closest
 
 
@@ -258,7 +261,7 @@ def test_not_reached_is_never_said_without_a_look_at_cett_one(
     monkeypatch.setattr("neuron_sparsity.sparsity._MAX_EVALUATIONS", 1)
     monkeypatch.setattr("neuron_sparsity.sparsity._FIRST_CETT", 1e-5)
     result = cett_ppl_sparsity(llama.model, llama.windows.take(4), p_percent=3.0)
-    assert [one["cett"] for one in result.evaluations] == [pytest.approx(1e-5 * math.sqrt(3)), 1.0]
+    assert [one["cett"] for one in result.evaluations] == [0.0, pytest.approx(1e-5 * math.sqrt(3)), 1.0]
     assert result.reached
     assert not result.converged
 

@@ -45,6 +45,7 @@ def curves(points: list[tuple[float, float]], *, maximum: float) -> CettCurves:
         maximum=np.array([maximum]),
         silent_tokens=np.array([0]),
         n_tokens=100,
+        nonzero_ratio=np.array([1.0]),
     )
 
 
@@ -171,6 +172,7 @@ def test_every_layer_has_its_own_points() -> None:
         maximum=np.array([5.0, 50.0]),
         silent_tokens=np.array([0, 0]),
         n_tokens=10,
+        nonzero_ratio=np.array([1.0, 1.0]),
     )
     assert both.thresholds_at(0.1) == [1.0, 10.0]
     rows = both.to_json([0, 3])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuron_sparsity.sparsity import next_cett
+from neuron_sparsity.search import next_cett
 
 TARGET = math.log1p(0.01)
 Law = Callable[[float], float]
