@@ -107,7 +107,9 @@ def test_one_small_rise_among_negative_ones_does_not_make_the_search_creep() -> 
     assert len(tried) <= 16
 
 
-@pytest.mark.parametrize("law", [lambda cett: 0.0, lambda cett: -cett, lambda cett: 0.001 * cett**2], ids=["flat", "falling", "small"])
+@pytest.mark.parametrize(
+    "law", [lambda cett: 0.0, lambda cett: -cett, lambda cett: 0.001 * cett**2], ids=["flat", "falling", "small"]
+)
 def test_a_rise_that_is_never_reached_ends_at_one(law: Law) -> None:
     tried = search(law, TARGET)
     assert tried[-1] == 1.0
