@@ -5,7 +5,8 @@
 
 1. The dense losses on the calibration part of the corpus.
 2. Root search on the count: remove the n weakest neurons of a ranking, measure the paired rise of perplexity, and
-   propose the next n from log(rise) against log(n), until the largest n that costs at most p percent is known to 3 %.
+   propose the next n from log(rise) against log(n), until the largest n that costs at most p percent is known to 3 %
+   (or 14 passes are spent: the curve tells).
 3. A control: as many random neurons of every layer. Without it no ranking is worth its name.
 4. Held-out text: dense and ablated perplexity on windows the search never saw.
 """

@@ -75,7 +75,7 @@ class ModelInfo:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> ModelInfo:
         """Return what `to_json` was made from."""
-        return cls(**(data | {"layers": tuple(data["layers"])}))
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__} | {"layers": tuple(data["layers"])})
 
 
 class MLPAdapter:

@@ -1,6 +1,7 @@
 """The command line: parse, one library call, write. torch is imported when a command runs, not before.
 
-Exit codes: 0 done; 1 a one-line error on stderr; 2 wrong usage. Results go to stdout, progress to stderr.
+Exit codes: 0 done; 1 a one-line error on stderr; 2 wrong usage; 130 interrupted. Results go to stdout, progress to
+stderr.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuron_sparsity import __version__
-from neuron_sparsity.terminal import one_line_errors, prepare, printable
+from neuron_sparsity.terminal import one_flag_a_text, one_line_errors, prepare, printable
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
@@ -82,6 +83,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on
 @app.command()
 @one_line_errors
 def report(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="As for the other commands, or a run folder to render again.")
     ] = DEFAULT_MODEL,
@@ -111,8 +113,11 @@ def report(
     if (Path(model) / "run.json").is_file():
         from neuron_sparsity.pipeline import load_run, render
 
-        if out is not None or text:
-            raise ValueError(f"{model} is a run folder, rendered in place; leave out --out and --text")
+        refused = [
+            name for name in context.params if name not in ("model", "quiet", "as_json") and _given(context, name)
+        ]
+        if refused:
+            raise ValueError(f"{model} is a run folder, rendered as it is; leave out --{refused[0].replace('_', '-')}")
         found = load_run(model)
         render(model, found)
         _conclude(Path(model), found["result"], found["stats"], found["removed"], quiet=quiet, as_json=as_json)
@@ -123,7 +128,8 @@ def report(
         result = run.sparsity(p)
         stats = run.record(result)
         removed = run.ablate(stats, p_percent=p, ranking=ranking, replacement=replacement, scope=scope, seed=seed)
-        run.passage(result)
+        if result.reached:  # else its thresholds cut everything
+            run.passage(result)
         render(run.folder.path)
     _conclude(run.folder.path, result, stats, removed, quiet=quiet, as_json=as_json)
 
@@ -283,7 +289,7 @@ def _version(
 def main() -> None:
     """Run the command line."""
     prepare()
-    app()
+    app(one_flag_a_text(sys.argv[1:]))
 
 
 @contextmanager

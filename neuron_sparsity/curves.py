@@ -123,10 +123,15 @@ class CurveRecorder:
 
     Args:
         adapter: The model.
-        thresholds: Cuts on the contribution, ascending in each layer; NaN is refused.
+        thresholds: Cuts on the contribution, ascending in each layer.
+
+    Raises:
+        ValueError: If a threshold is negative or NaN.
     """
 
     def __init__(self, adapter: MLPAdapter, thresholds: Float[np.ndarray, "layer k"]) -> None:
+        if not (thresholds >= 0).all():
+            raise ValueError("thresholds must be >= 0 and not NaN")
         n_layers, n_cuts = thresholds.shape
         self.adapter = adapter
         self.thresholds = thresholds.astype(np.float32)

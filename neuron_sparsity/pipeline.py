@@ -52,7 +52,8 @@ class Run:
         model: TransformerLens model or adapter.
         windows: The corpus. With `heldout`, a third of its windows is kept for confirmation.
         path: The run folder.
-        heldout: Whether to keep windows for confirmation.
+        heldout: Whether to keep windows for confirmation. A folder whose results were measured with some kept goes
+            on that way.
         batch_size: Windows a forward pass; chosen from free memory if None.
         progress: Called after each batch.
 
@@ -71,7 +72,7 @@ class Run:
     def __post_init__(self) -> None:
         self.adapter: MLPAdapter = attach(self.model)
         self.calibration, self.confirmation = self.windows, None
-        if self.heldout:
+        if self.heldout or self._was_split():
             self.calibration, self.confirmation = self.windows.split(CALIBRATION_SHARE)
         info = self.adapter.info
         self.folder = RunFolder(
@@ -106,6 +107,8 @@ class Run:
         A recording of the whole text serves too where no thresholds are asked for: `ablation.json` says then that
         the ranking has seen the held-out part.
         """
+        if result is not None and not result.reached:
+            result = None  # its thresholds cut everything: no neuron could be told from another by them
         thresholds = {} if result is None else {result.name: result.thresholds}
         if self.folder.has("statistics.safetensors"):
             stats = NeuronStatistics.load(self.folder.path)
@@ -128,7 +131,7 @@ class Run:
         self, stats: NeuronStatistics, *, p_percent: float, ranking: str, replacement: str, scope: str, seed: int
     ) -> AblationResult:
         """Find what can go for good, or read it if the folder has it for the same question."""
-        asked = (p_percent, ranking, replacement, scope, seed, self.calibration.sha256)
+        asked = (p_percent, ranking, replacement, scope, seed, self.calibration.sha256, stats.corpus["sha256"])
         found = self._found("ablation.json", AblationResult.from_json, lambda old: _question(old) == asked)
         if found is not None:
             return found
@@ -184,6 +187,17 @@ class Run:
             "sparsity.json", SparsityResult.from_json, lambda old: old.corpus["sha256"] == self.windows.sha256
         )
         return self.calibration if found is None else self.windows
+
+    def _was_split(self) -> bool:
+        """Whether the folder holds results that were measured on the calibration part."""
+        if self.windows.n_windows < 2:
+            return False
+        part = self.windows.split(CALIBRATION_SHARE)[0].sha256
+        for name in ("sparsity.json", "ablation.json"):
+            path = Path(self.path) / name
+            if path.is_file() and dict(read_json(path).get("corpus") or {}).get("sha256") == part:
+                return True
+        return False
 
     def _found(self, name: str, build: Callable[[dict[str, Any]], Any], same: Callable[[Any], bool]) -> Any:
         """Return what a file holds if it answers the same question, else None."""
@@ -250,7 +264,7 @@ def _built(build: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Any:
 def _question(removed: AblationResult) -> tuple[Any, ...]:
     """What a removal was asked for: the same question has the same answer."""
     asked = (removed.p_percent, removed.ranking, removed.replacement, removed.scope)
-    return (*asked, removed.provenance["seed"], removed.corpus["sha256"])
+    return (*asked, removed.provenance["seed"], removed.corpus["sha256"], removed.ranking_corpus["sha256"])
 
 
 def _same_thresholds(stats: NeuronStatistics, result: SparsityResult) -> bool:

@@ -111,7 +111,8 @@ class NeuronStatistics:
     def activation_frequency_at(self, threshold: float | Sequence[float]) -> Float[Tensor, "layer neuron"]:
         """Return the share of tokens with `c >= threshold`, read off the histogram.
 
-        Exact where the threshold is a bin's edge; inside a bin the tokens count as evenly spread over it.
+        Exact where the threshold is a bin's edge; inside a bin the tokens count as evenly spread over it. Exact zeros
+        are never active, and the last bin ends at the neuron's own maximum.
 
         Args:
             threshold: One for all layers, or one a layer; > 0.
@@ -123,9 +124,15 @@ class NeuronStatistics:
         if len(cuts) not in (1, self.n_layers) or not bool((cuts > 0).all()):
             raise ValueError(f"threshold must be one or {self.n_layers} positive numbers, got {threshold}")
         lower = histogram_edges()
-        upper = torch.cat((lower[1:], lower[-1:] * 2))
-        share = ((upper - cuts[:, None]) / (upper - lower)).clamp(0.0, 1.0)
-        return torch.einsum("lnb,lb->ln", self.histogram.double(), share.expand(self.n_layers, -1)) / self.n_tokens
+        upper = torch.cat((lower[1:], lower[-1:]))
+        share = ((upper - cuts[:, None]) / (upper - lower).clamp_min(1e-300)).clamp(0.0, 1.0)[:, :-1]
+        counts = self.histogram.double()
+        counts[:, :, 0] -= self.zero_count
+        active = torch.einsum("lnb,lb->ln", counts[:, :, :-1], share.expand(self.n_layers, -1))
+        top = self.contribution_max.double()
+        in_last = ((top - cuts[:, None]) / (top - lower[-1]).clamp_min(1e-300)).clamp(0.0, 1.0)
+        in_last = torch.where(cuts[:, None] <= lower[-1], 1.0, in_last)
+        return (active + counts[:, :, -1] * in_last) / self.n_tokens
 
     def merge(self, other: NeuronStatistics) -> NeuronStatistics:
         """Return the statistics of both recordings together: counts exactly, sums to rounding; associative.

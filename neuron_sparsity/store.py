@@ -57,8 +57,8 @@ def provenance(*, seed: int = 0, command: str | None = None) -> dict[str, Any]:
 
 def _own_command() -> str:
     """The command line, if it is this package's; `python` for scripts and notebooks, whose arguments are their own."""
-    program = Path(sys.argv[0]).name if sys.argv and sys.argv[0] else ""
-    ours = program == "neuron-sparsity" or Path(sys.argv[0]).parent.name == "neuron_sparsity"
+    program = Path(sys.argv[0] if sys.argv else "")
+    ours = program.stem == "neuron-sparsity" or program.resolve() == Path(__file__).with_name("__main__.py").resolve()
     return shlex.join(["neuron-sparsity", *sys.argv[1:]]) if ours else "python"
 
 

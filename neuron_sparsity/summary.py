@@ -32,7 +32,7 @@ def summary_lines(
     if result is not None:
         lines += _sparsity_lines(result)
     if stats is not None:
-        lines += _neuron_lines(stats)
+        lines += _neuron_lines(stats, thresholds=result is None or result.reached)
     if removed is not None:
         lines += _removal_lines(removed)
     return lines
@@ -58,19 +58,22 @@ def _sparsity_lines(result: SparsityResult) -> list[str]:
     return lines
 
 
-def _neuron_lines(stats: NeuronStatistics) -> list[str]:
+def _neuron_lines(stats: NeuronStatistics, *, thresholds: bool) -> list[str]:
+    """Dead neurons under the first recorded thresholds, unless those cut everything, and neurons that are never on."""
     n_neurons, n_tokens = stats.zero_count.numel(), stats.n_tokens
-    silent = int((stats.zero_count == n_tokens).sum())
+    bound = f" (95 % upper bound of their frequency: {3 / n_tokens:.1e})"
     lines = []
-    if stats.threshold_names:
+    if stats.threshold_names and thresholds:
         frequency = stats.activation_frequency(0)
         dead, never = int((frequency < 0.001).sum()), int((frequency == 0).sum())
         lines.append(
             f"dead under {stats.threshold_names[0]} (active on less than 0.1 % of {n_tokens:,} tokens): "
-            f"{dead:,} of {n_neurons:,} neurons; never active: {never:,}"
+            f"{dead:,} of {n_neurons:,} neurons; never active: {never:,}{bound if never else ''}"
         )
-    bound = f" (95 % upper bound of their frequency: {3 / n_tokens:.1e})" if silent else ""
-    lines.append(f"exactly zero on all {n_tokens:,} tokens: {silent:,} of {n_neurons:,} neurons{bound}")
+    silent = int((stats.zero_count == n_tokens).sum())
+    lines.append(
+        f"exactly zero on all {n_tokens:,} tokens: {silent:,} of {n_neurons:,} neurons{bound if silent else ''}"
+    )
     return lines
 
 
@@ -86,6 +89,8 @@ def _removal_lines(removed: AblationResult) -> list[str]:
         )
     if removed.heldout is not None:
         verdict = "holds" if removed.heldout["holds"] else "does not hold"
+        if not removed.heldout.get("unseen_by_ranking", True):
+            verdict += ", but the ranking has seen this text"
         lines.append(
             f"  on {removed.heldout['corpus']['n_tokens']:,} held-out tokens: "
             f"{removed.heldout['ppl_increase_percent']:+.3f} %, {verdict}"

@@ -115,3 +115,23 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 2**31 - 1)
     except (OSError, AttributeError):
         return
+
+
+def one_flag_a_text(arguments: list[str]) -> list[str]:
+    """Let one `--text` take all that follows up to the next option: `--text a b` becomes `--text a --text b`."""
+    expanded: list[str] = []
+    texts: int | None = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            texts = 0 if argument == "--text" else None
+        elif texts is not None:
+            expanded += ["--text"] if texts else []
+            texts += 1
+        expanded.append(argument)
+    return expanded
+
+
+def given(context: typer.Context, name: str) -> bool:
+    """Whether an option was given on the command line, and is no default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from neuron_sparsity import __version__
-from neuron_sparsity.cli import DEFAULT_MODEL
+from neuron_sparsity.cli import DEFAULT_MODEL, one_flag_a_text
 
 FILES = {
     "run.json",
@@ -321,3 +321,10 @@ def test_other_families_are_measured_from_a_folder(
     done = cli("sparsity", model_folder(family), "--text", text_file, *sizes)
     assert (done.code, done.err) == (0, "")
     check_sparsity(done.json)
+
+
+def test_one_text_flag_takes_several_files() -> None:
+    given = ["report", "model", "--text", "a", "b", "c", "--p", "1"]
+    assert one_flag_a_text(given) == ["report", "model", "--text", "a", "--text", "b", "--text", "c", "--p", "1"]
+    assert one_flag_a_text(["report", "--text", "a", "--text", "b"]) == ["report", "--text", "a", "--text", "b"]
+    assert one_flag_a_text(["rank", "folder"]) == ["rank", "folder"]

@@ -251,7 +251,7 @@ def edited(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable[
         (edited(lambda tensors, header: header.pop("n_tokens")), "is damaged (KeyError: 'n_tokens')"),
         (edited(lambda tensors, header: header.update(corpus=3)), "is damaged (TypeError: "),
         (edited(lambda tensors, header: header.update(token_strings={"x": "y"})), "is damaged (ValueError: "),
-        (edited(lambda tensors, header: header["model"].pop("d_mlp")), "is damaged (TypeError: "),
+        (edited(lambda tensors, header: header["model"].pop("d_mlp")), "is damaged (KeyError: "),
         (edited(lambda tensors, header: header["model"].update(d_mlp=4)), "is damaged (ValueError: zero_count is"),
         (edited(lambda tensors, header: header.update(threshold_names=[])), "is damaged (ValueError: thresholds is"),
         (

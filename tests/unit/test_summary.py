@@ -99,7 +99,8 @@ def test_every_number_is_said_with_what_it_was_measured_on(
         "tiny on page: 2,000 tokens in windows of 50",
         "CETT-PPL-1%: activation ratio 0.250 (sparsity ratio 0.750) at CETT 0.2000",
         "perplexity 20.000 dense, 20.200 truncated (+1.000 %, measured)",
-        "dead under CETT-PPL-1% (active on less than 0.1 % of 2,000 tokens): 2 of 4 neurons; never active: 1",
+        "dead under CETT-PPL-1% (active on less than 0.1 % of 2,000 tokens): 2 of 4 neurons; never active: 1 "
+        "(95 % upper bound of their frequency: 1.5e-03)",
         "exactly zero on all 2,000 tokens: 1 of 4 neurons (95 % upper bound of their frequency: 1.5e-03)",
         "removable for good at 1 % (contribution, mean replacement): 2 of 4 neurons (+0.500 %, 2,000 tokens)",
         "  control, as many random neurons of every layer: +50.000 %",
