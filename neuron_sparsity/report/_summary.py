@@ -41,9 +41,10 @@ def _holds(removed: AblationResult) -> str:
     if not heldout:
         return "not checked on held-out text"
     rise = signed(heldout["ppl_increase_percent"])
+    text = "held-out text" if heldout.get("unseen_by_ranking", True) else "held-out text that the ranking has seen"
     if heldout.get("holds"):
-        return f"holds on held-out text ({rise})"
-    return f"does not hold on held-out text: {rise} there, over the target of {target(removed.p_percent)}"
+        return f"holds on {text} ({rise})"
+    return f"does not hold on {text}: {rise} there, over the target of {target(removed.p_percent)}"
 
 
 def headline(
