@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuron_sparsity import __version__
-from neuron_sparsity.terminal import one_flag_a_text, one_line_errors, prepare, printable
+from neuron_sparsity.terminal import given, one_flag_a_text, one_line_errors, prepare, printable
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
@@ -114,7 +114,7 @@ def report(
         from neuron_sparsity.pipeline import load_run, render
 
         refused = [
-            name for name in context.params if name not in ("model", "quiet", "as_json") and _given(context, name)
+            name for name in context.params if name not in ("model", "quiet", "as_json") and given(context, name)
         ]
         if refused:
             raise ValueError(f"{model} is a run folder, rendered as it is; leave out --{refused[0].replace('_', '-')}")

@@ -15,7 +15,7 @@ import typer
 
 from neuron_sparsity.errors import NeuronSparsityError
 
-__all__ = ["one_line_errors", "prepare", "printable"]
+__all__ = ["given", "keep_freed_memory", "one_flag_a_text", "one_line_errors", "prepare", "printable"]
 
 DEBUG = "NEURON_SPARSITY_DEBUG"
 _MAX_CHARACTERS = 600
