@@ -134,7 +134,6 @@ def batches(
 
     Raises:
         ValueError: If `batch_size` is not positive.
-        MeasurementError: If memory runs out while the caller works on a batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -4,10 +4,9 @@ The metric is that of *Sparsing Law* (arXiv:2411.02335; "PPL-p%" in its first ve
 
 1. `curves.probe_curves` on a few hundred tokens: roughly which thresholds belong to which CETT.
 2. Dense and truncated passes on a quarter of the windows: roughly which CETT costs p percent. The rise of the loss
-   goes like CETT to the power of about two, so two truncated passes are enough.
+   goes like CETT to the power of about two, so at most three truncated passes are enough.
 3. One dense pass over all windows: every token's loss, and exact CETT curves around that CETT.
 4. Truncated passes over all windows, all layers at once; `next_cett` proposes each from the ones before.
-
 5. A dense pass measures every layer's CETT at the thresholds found; where one misses by more than 0.4 %, thresholds
    are interpolated anew with that point, and evaluated again.
 

@@ -34,6 +34,7 @@ from neuron_sparsity.report._measured import definitions, measured
 from neuron_sparsity.report._neurons import class_counts, neuron_map
 from neuron_sparsity.report._summary import headline, summary
 from neuron_sparsity.report._text import count, join, number, percent_of, visible
+from neuron_sparsity.statistics import CONTEXT_BEFORE
 
 if TYPE_CHECKING:
     from neuron_sparsity.recorder import NeuronStatistics
@@ -62,7 +63,6 @@ __all__ = [
 ]
 
 _ASSETS = Path(__file__).parent / "assets"
-_EXAMPLE_CENTRE = 16  # place of the token itself in `example_context`
 
 
 @lru_cache(maxsize=1)
@@ -145,7 +145,7 @@ def _example(
 ) -> Markup:
     inside = [(place, int(token)) for place, token in enumerate(context) if token >= 0]
     tokens = [stats.token_strings.get(token, f"⟨token {token}⟩") for _, token in inside]
-    centre = next((index for index, (place, _) in enumerate(inside) if place == _EXAMPLE_CENTRE), None)
+    centre = next((index for index, (place, _) in enumerate(inside) if place == CONTEXT_BEFORE), None)
     values = [value if index == centre else 0.0 for index in range(len(tokens))]
     where = f"window {position // window}, position {position % window}" if window else f"position {position}"
     props = {

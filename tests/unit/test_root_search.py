@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from hypothesis import given
@@ -36,6 +37,10 @@ def stays_in_a_bracket(points: list[tuple[float, float]], cett: float, target: f
     ordered = sorted(points)
     pairs = [(a[0], b[0]) for a, b in itertools.pairwise(ordered) if a[1] < target <= b[1]]
     return not pairs or any(low < cett < high for low, high in pairs)
+
+
+def noisy(clean: Law, size: float, draws: Iterator[float], cett: float) -> float:
+    return clean(cett) + size * TARGET * next(draws)
 
 
 def power_law(root: float, slope: float) -> Law:
@@ -92,7 +97,10 @@ def test_whatever_the_noise_no_point_comes_twice_and_none_leaves_the_unit_interv
 ) -> None:
     draws = iter(noise)
     clean = power_law(0.1, slope)
-    search(lambda cett: clean(cett) + size * TARGET * next(draws), TARGET, first=math.exp(log_first), limit=12)
+    law = partial(noisy, clean, size, draws)
+    tried = search(law, TARGET, first=math.exp(log_first), limit=12)
+    assert len(set(tried)) == len(tried)
+    assert all(0 < cett <= 1 for cett in tried)
 
 
 def test_rises_that_are_negative_at_first_lead_outwards() -> None:
