@@ -181,8 +181,7 @@ def probe_curves(adapter: MLPAdapter, windows: Windows, *, n_rows: int = 256) ->
 
     Good to a few percent of the CETT: enough to place the thresholds that a full pass then measures.
     """
-    recorders: list[CurveRecorder] = []
-    grids: list[np.ndarray] = []
+    recorder = CurveRecorder(adapter, np.ones((adapter.info.n_layers, len(_PROBE_QUANTILES))))
     chosen = sorted({0, windows.n_windows // 2})
     stride = max(1, len(chosen) * windows.window // n_rows)
 
@@ -193,25 +192,14 @@ def probe_curves(adapter: MLPAdapter, windows: Windows, *, n_rows: int = 256) ->
         if not torch.isfinite(c.sum()):
             block = adapter.info.layers[layer]
             raise MeasurementError(f"layer {block}: post-activations are NaN or infinite; check the weights")
-        at = (_PROBE_QUANTILES * (len(positive) - 1)).long().to(c.device) if len(positive) else None
-        grid = np.ones(len(_PROBE_QUANTILES)) if at is None else positive[at].double().cpu().numpy()
-        recorder = CurveRecorder(adapter, np.broadcast_to(grid, (adapter.info.n_layers, len(grid))))
+        if len(positive):
+            at = (_PROBE_QUANTILES * (len(positive) - 1)).long().to(c.device)
+            recorder.thresholds[layer] = positive[at].cpu().numpy()
         recorder.on_post(layer, rows[None])
-        recorders.append(recorder)
-        grids.append(grid)
 
     with torch.no_grad():
         adapter.final_residual(windows.tokens[chosen].long(), on_post)
-    layers = [recorder.curves() for recorder in recorders]
-    return CettCurves(
-        threshold=np.stack(grids),
-        cett=np.stack([curve.cett[i] for i, curve in enumerate(layers)]),
-        activation_ratio=np.stack([curve.activation_ratio[i] for i, curve in enumerate(layers)]),
-        maximum=np.array([curve.maximum[i] for i, curve in enumerate(layers)]),
-        silent_tokens=np.array([curve.silent_tokens[i] for i, curve in enumerate(layers)]),
-        n_tokens=int(recorders[0].n_tokens[0]),
-        nonzero_ratio=np.array([curve.nonzero_ratio[i] for i, curve in enumerate(layers)]),
-    )
+    return recorder.curves()
 
 
 def _interpolate(x: np.ndarray, y: np.ndarray, at: float) -> float:
