@@ -26,8 +26,9 @@ from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError
 from neuron_sparsity.kernels.reference import contributions
 from neuron_sparsity.metrics import EXACT_ZERO_THRESHOLD
+from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
 
-__all__ = ["CettCurves", "CurveRecorder", "probe_curves"]
+__all__ = ["CettCurves", "CurveRecorder", "measure_curves", "probe_curves"]
 
 _PROBE_QUANTILES = torch.cat(
     (torch.logspace(-2, -0.5, 5), torch.linspace(0.4, 0.9, 6), 1 - torch.logspace(-1.3, -3, 5))
@@ -66,6 +67,14 @@ class CettCurves:
             One number a layer, each exactly representable as a float32.
         """
         return [float(np.float32(self._threshold_at(layer, cett))) for layer in range(len(self.threshold))]
+
+    def mean_cett(self, thresholds: Sequence[float]) -> float:
+        """Return the geometric mean over layers of the CETT at given thresholds, one a layer, between 0 and 1."""
+        logs = []
+        for layer in np.flatnonzero(self.maximum > 0).tolist():
+            log_cett, log_threshold = self._increasing(layer, float(self.maximum[layer]) * (1 + 1e-6))
+            logs.append(np.interp(np.log(max(thresholds[layer], EXACT_ZERO_THRESHOLD)), log_threshold, log_cett))
+        return float(np.exp(np.mean(logs))) if logs else 1.0
 
     def _threshold_at(self, layer: int, cett: float) -> float:
         maximum = np.float32(self.maximum[layer])
@@ -199,6 +208,35 @@ def probe_curves(adapter: MLPAdapter, windows: Windows, *, n_rows: int = 256) ->
 
     with torch.no_grad():
         adapter.final_residual(windows.tokens[chosen].long(), on_post)
+    return recorder.curves()
+
+
+def measure_curves(
+    adapter: MLPAdapter,
+    windows: Windows,
+    thresholds: Float[np.ndarray, "layer k"],
+    *,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+    label: str = "CETT curves",
+) -> CettCurves:
+    """Return the CETT of given thresholds on every token: one dense pass without unembedding.
+
+    Args:
+        adapter: The model.
+        windows: The corpus.
+        thresholds: Cuts on the contribution, ascending in each layer.
+        batch_size: Windows a forward pass; chosen from free memory if None.
+        progress: Called after each batch.
+        label: What the progress says.
+    """
+    recorder = CurveRecorder(adapter, thresholds)
+    if batch_size is None:
+        batch_size = default_batch_size(adapter, windows.window)
+    with torch.no_grad():
+        for _, tokens in batches(windows, batch_size, progress, label):
+            with memory_advice(len(tokens), windows.window):
+                adapter.final_residual(tokens, recorder.on_post)
     return recorder.curves()
 
 

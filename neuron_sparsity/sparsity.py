@@ -6,7 +6,9 @@ The metric is that of *Sparsing Law* (arXiv:2411.02335; "PPL-p%" in its first ve
 2. Dense and truncated passes on a quarter of the windows: roughly which CETT costs p percent. The rise of the loss
    goes like CETT to the power of about two, so at most three truncated passes are enough.
 3. One dense pass over all windows: every token's loss, and exact CETT curves around that CETT.
-4. Truncated passes over all windows, all layers at once; `next_cett` proposes each from the ones before.
+4. Truncated passes over all windows, all layers at once; `next_cett` proposes each from the ones before. The rise
+   jitters by rounding, so passes go on until their common line tells the root to a part of the tolerance, and the pass
+   nearest to that root is taken: one pass that happens to hit p may lie a percent of CETT away from it.
 5. A dense pass measures every layer's CETT at the thresholds found; where one misses by more than 0.4 %, thresholds
    are interpolated anew with that point, and evaluated again.
 
@@ -27,9 +29,9 @@ from torch import Tensor
 
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.curves import CettCurves, CurveRecorder, probe_curves
+from neuron_sparsity.curves import CettCurves, CurveRecorder, measure_curves, probe_curves
 from neuron_sparsity.perplexity import Progress, mean_loss, token_losses
-from neuron_sparsity.search import next_cett
+from neuron_sparsity.search import RootEstimate, estimate_root, nearby, next_cett
 from neuron_sparsity.store import provenance
 from neuron_sparsity.truncation import (
     TokenActivity,
@@ -50,9 +52,14 @@ __all__ = [
 ]
 
 _CURVE_FACTORS = (0.5, 0.75, 0.9, 1.1, 1.3, 1.8)  # close to 1: on tiny models the CETT is then met to 0.5 %, not 2 %
+_DENSE = math.log(1.15)  # so far from their middle are curves at these factors good to 0.4 %
+_NEARER_FACTORS = (0.96, 1.04)  # measured around a CETT that is inside the curves but not in their middle
+_FURTHER_FACTORS = (0.7, 1.0, 1.3)  # and around one that is outside
 _FIRST_CETT = 0.05  # at p = 1 (0.04 measured on smollm2-135m); from there by the square root of p
 _MAX_EVALUATIONS = 7
 _MIN_CETT = 1e-6
+_JITTER = 0.04  # of the rise at p = 1 and 4,096 tokens, in percentage points (measured: docs/measured.md)
+_ROOT_ERROR = 0.25  # standard error of the root that ends the search, in tolerances
 _CETT_TOLERANCE = 0.004  # of each layer's measured CETT against the common one, relative
 
 
@@ -174,13 +181,14 @@ def cett_ppl_sparsity(
     """Return CETT-PPL-p%: thresholds, activation ratio and the measured rise of perplexity (arXiv:2411.02335).
 
     Rounding flips neurons that lie at a threshold, so the rise jitters from one CETT to the next (by about 0.04
-    percentage points at 4,096 tokens): two searches agree to that, not to the last digit.
+    percentage points at 4,096 tokens). The result is the measured pass nearest to where all passes near p together
+    put it: two searches agree to about 0.001 of activation ratio at 8,192 tokens, not to the last digit.
 
     Args:
         model: TransformerLens model or adapter.
         windows: Calibration and evaluation text.
         p_percent: Rise of perplexity, > 0.
-        tolerance_percent: How close to p the measured rise must come; 0.02 points (0.02 p below p = 1) if None.
+        tolerance_percent: How close to p the measured rise must come; 0.05 points (0.05 p below p = 1) if None.
         batch_size: Windows a forward pass; chosen from free memory if None.
         progress: Called after each batch.
 
@@ -193,7 +201,7 @@ def cett_ppl_sparsity(
     """
     if not (math.isfinite(p_percent) and p_percent > 0):
         raise ValueError(f"p must be a positive number of percent, got {p_percent}")
-    tolerance = 0.02 * min(1.0, p_percent) if tolerance_percent is None else tolerance_percent
+    tolerance = 0.05 * min(1.0, p_percent) if tolerance_percent is None else tolerance_percent
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance must be a positive number of percentage points, got {tolerance}")
     return _Search(attach(model), windows, p_percent, tolerance, batch_size, progress).run()
@@ -214,9 +222,11 @@ class _Search:
         self.adapter, self.windows = adapter, windows
         self.p_percent, self.tolerance = p_percent, tolerance
         self.target = math.log1p(p_percent / 100)
+        self.jitter = _JITTER * min(1.0, 1 / p_percent) * math.sqrt(4096 / max(1, int(windows.scored.sum())))
         self.options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
         self.passes = 0.0
         self.dense_seconds_per_token = 0.0
+        self.ppl_dense = math.nan
         self.evaluations: list[dict[str, Any]] = []
 
     def run(self) -> SparsityResult:
@@ -225,10 +235,12 @@ class _Search:
         self.passes += min(2, self.windows.n_windows) / self.windows.n_windows
         guess = self._rough_cett(probe)
         dense, curves = self._dense_pass(probe, guess)
+        guess = curves.mean_cett(probe.thresholds_at(guess))  # the probe's CETT is good to a few percent
+        self.ppl_dense = math.exp(mean_loss(dense, self.windows.scored))
         curves = self._bracket(dense, curves, guess)
         best, measured, curves = self._settle(dense, curves)
         seconds = time.perf_counter() - start
-        return self._result(best, measured, dense, curves, seconds)
+        return self._result(best, measured, curves, seconds)
 
     def _rough_cett(self, probe: CettCurves) -> float:
         """Find the CETT that costs about p percent on a quarter of the windows."""
@@ -256,18 +268,18 @@ class _Search:
         return losses, recorder.curves()
 
     def _bracket(self, dense: Tensor, curves: CettCurves, guess: float) -> CettCurves:
-        """Evaluate until the measured rise is within the tolerance; measure more of the curves where they end."""
+        """Evaluate until the passes near p tell its place; measure more of the curves where they end."""
         cett, rebuilt = guess, False
         for _ in range(_MAX_EVALUATIONS):
-            if not rebuilt and cett < 1.0 and not _covered(curves, cett):
-                more = _ascending([curves.thresholds_at(min(0.97, cett * factor)) for factor in (0.7, 1.0, 1.3)])
-                recorder = CurveRecorder(self.adapter, more)
-                self._losses(self.windows, recorder.on_post, "CETT curves, further out")
-                curves, rebuilt = curves.joined(recorder.curves()), True
+            if not rebuilt and cett < 1.0 and not _covered(curves, cett, guess):
+                factors = _NEARER_FACTORS if _covered(curves, cett) else _FURTHER_FACTORS
+                more = _ascending([curves.thresholds_at(min(0.97, cett * factor)) for factor in factors])
+                curves, rebuilt = curves.joined(self._curves(more, "CETT curves, further out")), True
             rise = self._evaluate(dense, curves, cett)
-            if abs(rise - self.p_percent) <= self.tolerance or (cett >= 1.0 and rise < self.p_percent):
+            if self._found() or (cett >= 1.0 and rise < self.p_percent):
                 break
-            cett = next_cett([(e["cett"], e["rise"]) for e in self.evaluations], self.target)
+            root, points = self._root(), self._points()
+            cett = nearby(root, points) if root and root.n_points > 1 else next_cett(points, self.target)
             if cett < _MIN_CETT:
                 break
         if all(e["ppl_increase_percent"] < self.p_percent - self.tolerance and e["cett"] < 1 for e in self.evaluations):
@@ -278,13 +290,12 @@ class _Search:
         thresholds = curves.thresholds_at(cett)
         losses, truncation = self._truncated(self.windows, thresholds, f"truncated pass, CETT {cett:.4f}")
         rise = mean_loss((losses - dense).double(), self.windows.scored)
-        ppl_dense = math.exp(mean_loss(dense, self.windows.scored))
         percent = 100 * math.expm1(min(rise, 500.0))
         self.evaluations.append(
             {
                 "cett": cett,
                 "rise": rise,
-                "ppl": ppl_dense * math.exp(min(rise, 500.0)),
+                "ppl": self.ppl_dense * math.exp(min(rise, 500.0)),
                 "ppl_increase_percent": percent,
                 "activation_ratio": truncation.activation_ratio,
                 "thresholds": thresholds,
@@ -297,16 +308,29 @@ class _Search:
         """Measure each layer's CETT at the chosen thresholds; where one misses, interpolate anew, evaluate again."""
         best = self._best()
         for attempt in (0, 1):
-            recorder = CurveRecorder(self.adapter, np.array(best["thresholds"])[:, None])
-            self._losses(self.windows, recorder.on_post, "CETT at the thresholds")
-            measured = recorder.curves().cett[:, 0]
+            there = self._curves(np.array(best["thresholds"])[:, None], "CETT at the thresholds")
+            measured = there.cett[:, 0]
             off = np.abs(measured / best["cett"] - 1)[curves.maximum > 0]
             if attempt == 1 or best["cett"] >= 1.0 or not off.size or off.max() <= _CETT_TOLERANCE:
                 break
-            curves = curves.joined(recorder.curves())
+            curves = curves.joined(there)
             self._evaluate(dense, curves, best["cett"])
             best = self.evaluations[-1]
         return best, measured.tolist(), curves
+
+    def _points(self) -> list[tuple[float, float]]:
+        return [(e["cett"], e["rise"]) for e in self.evaluations]
+
+    def _near(self) -> list[dict[str, Any]]:
+        """The evaluations whose rise is within the tolerance."""
+        return [e for e in self.evaluations if abs(e["ppl_increase_percent"] - self.p_percent) <= self.tolerance]
+
+    def _root(self) -> RootEstimate | None:
+        return estimate_root(self._points(), self.target, jitter=self.jitter)
+
+    def _found(self) -> bool:
+        root = self._root()
+        return bool(self._near()) and root is not None and root.error * self.p_percent <= _ROOT_ERROR * self.tolerance
 
     def _reached(self) -> bool:
         return any(e["ppl_increase_percent"] >= self.p_percent - self.tolerance for e in self.evaluations)
@@ -314,10 +338,13 @@ class _Search:
     def _best(self) -> dict[str, Any]:
         if not self._reached():
             return max(self.evaluations, key=lambda e: float(e["cett"]))
-        return min(self.evaluations, key=lambda e: abs(e["ppl_increase_percent"] - self.p_percent))
+        root = self._root()
+        if root is None or not self._near():
+            return min(self.evaluations, key=lambda e: abs(e["ppl_increase_percent"] - self.p_percent))
+        return min(self._near(), key=lambda e: abs(math.log(e["cett"] / root.cett)))
 
     def _result(
-        self, best: dict[str, Any], measured: list[float], dense: Tensor, curves: CettCurves, seconds: float
+        self, best: dict[str, Any], measured: list[float], curves: CettCurves, seconds: float
     ) -> SparsityResult:
         dense_seconds = self.dense_seconds_per_token * self.windows.n_tokens
         layers = tuple(
@@ -331,17 +358,16 @@ class _Search:
             for i, block in enumerate(self.adapter.info.layers)
         )
         shown = ("cett", "ppl", "ppl_increase_percent", "activation_ratio")
-        ppl_dense = math.exp(mean_loss(dense, self.windows.scored))
         untouched = {
             "cett": 0.0,
-            "ppl": ppl_dense,
+            "ppl": self.ppl_dense,
             "ppl_increase_percent": 0.0,
             "activation_ratio": float(curves.nonzero_ratio.mean()),
         }
         return SparsityResult(
             p_percent=self.p_percent,
             reached=self._reached(),
-            ppl_dense=ppl_dense,
+            ppl_dense=self.ppl_dense,
             ppl_sparse=best["ppl"],
             ppl_increase_percent=best["ppl_increase_percent"],
             cett=float(best["cett"]),
@@ -366,6 +392,10 @@ class _Search:
         self.passes += windows.n_tokens / self.windows.n_tokens
         return token_losses(self.adapter, windows, on_post=on_post, label=label, **self.options)
 
+    def _curves(self, thresholds: Float[np.ndarray, "layer k"], label: str) -> CettCurves:
+        self.passes += 1
+        return measure_curves(self.adapter, self.windows, thresholds, label=label, **self.options)
+
     def _truncated(self, windows: Windows, thresholds: Sequence[float], label: str) -> tuple[Tensor, Any]:
         self.passes += windows.n_tokens / self.windows.n_tokens
         return truncated_losses(self.adapter, windows, thresholds, label=label, **self.options)
@@ -376,7 +406,8 @@ def _ascending(rows: Sequence[Sequence[float]]) -> Float[np.ndarray, "layer k"]:
     return np.sort(np.array(rows, dtype=np.float64).T, axis=1)
 
 
-def _covered(curves: CettCurves, cett: float) -> bool:
-    """Whether every layer's curve was measured below and above a CETT."""
+def _covered(curves: CettCurves, cett: float, centre: float | None = None) -> bool:
+    """Whether every layer's curve was measured below and above a CETT, and densely, which it is around `centre`."""
     live = curves.maximum > 0
-    return bool(((curves.cett.min(axis=1) <= cett) & (curves.cett.max(axis=1) >= cett))[live].all())
+    inside = bool(((curves.cett.min(axis=1) <= cett) & (curves.cett.max(axis=1) >= cett))[live].all())
+    return inside and (centre is None or abs(math.log(cett / centre)) < _DENSE)

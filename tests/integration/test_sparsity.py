@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -129,25 +129,25 @@ def test_the_rise_is_the_one_a_hand_written_hook_costs(case: SimpleNamespace) ->
 
 
 def test_the_activation_ratio_is_that_of_an_exhaustive_search(case: SimpleNamespace) -> None:
-    """Scan CETT in steps of 1 % with exact thresholds; where the rise passes p, the activation ratio must agree.
+    """Scan CETT in steps of 1 % with exact thresholds; the line through the scan says where the rise is p.
 
-    The rise jitters by about 0.1 points on 2,304 tokens, so it may pass p more than once, and any passage is a
-    solution. 0.004 is what the tolerance of 0.15 points on the rise is worth: these models lose 0.02 to 0.03 of
-    activation ratio a point.
+    The rise jitters by about 0.1 points on 2,304 tokens, and these models lose 0.02 to 0.03 of activation ratio a
+    point: a single passage through p would be good to 0.003 only, the line through 13 passes to 0.001.
     """
     curves = [
         ExactCurve(z, case.model.blocks[layer].mlp.W_out.detach())
         for layer, z in enumerate(posts_of(case.model, case.windows))
     ]
-    scan: list[tuple[float, float]] = []
+    scan: list[tuple[float, float, float]] = []
     for factor in torch.linspace(0.94, 1.06, 13).tolist():
         with sparsify(case.model, [curve.threshold(factor * case.result.cett) for curve in curves]) as truncation:
             rise = float((losses_under(case.model, case.windows) - case.dense).mean())
-        scan.append((100 * math.expm1(rise), truncation.activation_ratio))
-    passages = [(a[1], b[1]) for a, b in itertools.pairwise(scan) if (a[0] < P_PERCENT) != (b[0] < P_PERCENT)]
-    assert passages, f"the rise never passes {P_PERCENT} %: {scan}"
-    ratio = case.result.activation_ratio
-    assert min(max(low - ratio, ratio - high, 0.0) for high, low in passages) < 0.004
+        scan.append((math.log(factor), math.log(rise), truncation.activation_ratio))
+    x, y, ratios = np.array(scan).T
+    slope, offset = np.polyfit(x, y, 1)
+    root = (math.log(math.log1p(P_PERCENT / 100)) - offset) / slope
+    assert abs(root) < 0.06, "the scan is not around the root"
+    assert case.result.activation_ratio == pytest.approx(float(np.polyval(np.polyfit(x, ratios, 1), root)), abs=0.004)
 
 
 def test_the_exact_curve_of_these_tests_agrees_with_the_package(llama: SimpleNamespace) -> None:
@@ -247,12 +247,13 @@ def test_a_rise_that_no_cett_costs_is_said_to_be_not_reached(llama: SimpleNamesp
 
 def test_a_tiny_p_ends_and_says_what_it_measured(llama: SimpleNamespace) -> None:
     result = cett_ppl_sparsity(llama.model, llama.windows, p_percent=1e-4)
-    assert result.tolerance_percent == pytest.approx(2e-6)
-    assert result.converged == (abs(result.ppl_increase_percent - 1e-4) <= 2e-6)
+    assert result.tolerance_percent == pytest.approx(5e-6)
+    assert result.converged == (abs(result.ppl_increase_percent - 1e-4) <= 5e-6)
     assert result.reached
     assert all(0 < one["cett"] <= 1 for one in result.evaluations[1:])
-    closest = min(abs(one["ppl_increase_percent"] - 1e-4) for one in result.evaluations[1:])
-    assert abs(result.ppl_increase_percent - 1e-4) == closest
+    assert (result.cett, result.ppl_increase_percent) in [
+        (one["cett"], one["ppl_increase_percent"]) for one in result.evaluations[1:]
+    ]
 
 
 def test_not_reached_is_never_said_without_a_look_at_cett_one(
@@ -261,7 +262,9 @@ def test_not_reached_is_never_said_without_a_look_at_cett_one(
     monkeypatch.setattr("neuron_sparsity.sparsity._MAX_EVALUATIONS", 1)
     monkeypatch.setattr("neuron_sparsity.sparsity._FIRST_CETT", 1e-5)
     result = cett_ppl_sparsity(llama.model, llama.windows.take(4), p_percent=3.0)
-    assert [one["cett"] for one in result.evaluations][:3] == [0.0, pytest.approx(1e-5 * math.sqrt(3)), 1.0]
+    untouched, first, last = [one["cett"] for one in result.evaluations][:3]
+    assert untouched == 0.0 < first < 1e-4
+    assert last == 1.0
     assert result.reached
     assert not result.converged
 

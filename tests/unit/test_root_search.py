@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuron_sparsity.search import next_cett
+from neuron_sparsity.search import estimate_root, next_cett
 
 TARGET = math.log1p(0.01)
 Law = Callable[[float], float]
@@ -142,3 +143,38 @@ def test_near_points_are_averaged_along_the_slope() -> None:
 def test_a_bracket_too_narrow_for_its_margins_is_halved() -> None:
     points = [(0.1, 0.5 * TARGET), (0.1 * (1 + 1e-5), 2 * TARGET)]
     assert points[0][0] < next_cett(points, TARGET) < points[1][0]
+
+
+def test_the_estimate_is_none_while_no_pass_is_near() -> None:
+    assert estimate_root([(0.1, 0.1 * TARGET), (0.2, -1.0)], TARGET, jitter=0.03) is None
+
+
+def test_one_pass_alone_is_known_to_the_expected_jitter() -> None:
+    root = estimate_root([(0.1, TARGET)], TARGET, jitter=0.03)
+    assert root is not None
+    assert (root.cett, root.error, root.n_points) == (pytest.approx(0.1), pytest.approx(0.03), 1)
+
+
+@pytest.mark.parametrize("size", [0.0, 0.01, 0.03, 0.05])
+def test_the_error_of_the_estimate_is_what_repetitions_show(size: float) -> None:
+    generator = np.random.default_rng(0)
+    errors, told = [], []
+    for _ in range(400):
+        places = 0.1 * np.exp(generator.uniform(-0.03, 0.03, 5))
+        rises = TARGET * np.exp(2 * np.log(places / 0.1) + size * generator.standard_normal(5))
+        root = estimate_root(list(zip(places, rises, strict=True)), TARGET, jitter=max(size, 1e-6))
+        assert root is not None
+        assert root.n_points == 5
+        errors.append(2 * math.log(root.cett / 0.1))
+        told.append(root.error)
+    assert abs(np.mean(errors)) < 4 * size / math.sqrt(5 * 400) + 1e-9
+    assert np.mean(told) == pytest.approx(np.std(errors), rel=0.15, abs=1e-6)
+
+
+def test_scatter_beyond_the_expected_jitter_is_told() -> None:
+    calm = estimate_root([(0.1, 0.99 * TARGET), (0.1001, 1.01 * TARGET), (0.1002, TARGET)], TARGET, jitter=0.01)
+    wild = estimate_root([(0.1, 0.85 * TARGET), (0.1001, 1.15 * TARGET), (0.1002, TARGET)], TARGET, jitter=0.01)
+    assert calm is not None
+    assert wild is not None
+    assert wild.error > 5 * calm.error
+    assert wild.cett == pytest.approx(calm.cett, rel=0.01)
