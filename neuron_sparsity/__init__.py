@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.corpus import Windows, load_corpus
     from neuron_sparsity.errors import CorpusError, MeasurementError, ModelError, NeuronSparsityError, RunFolderError
     from neuron_sparsity.perplexity import perplexity
-    from neuron_sparsity.ranking import Ranking, rank
+    from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
     from neuron_sparsity.report import report
     from neuron_sparsity.sparsity import (
@@ -50,6 +50,7 @@ __all__ = [
     "RunFolderError",
     "SparsityResult",
     "TokenActivity",
+    "TokenRanking",
     "Windows",
     "__version__",
     "ablate",
@@ -78,6 +79,7 @@ _MODULE_OF = {
     "RunFolderError": "errors",
     "SparsityResult": "sparsity",
     "TokenActivity": "sparsity",
+    "TokenRanking": "ranking",
     "Windows": "corpus",
     "ablate": "ablation",
     "apply_thresholds": "sparsity",

@@ -7,7 +7,6 @@ stderr.
 from __future__ import annotations
 
 import io
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from neuron_sparsity import __version__
+from neuron_sparsity.options import (
+    AsJson,
+    BatchSize,
+    Bos,
+    By,
+    Device,
+    Dtype,
+    Kernels,
+    Model,
+    NCtx,
+    Out,
+    P,
+    Packed,
+    Quiet,
+    RemoteCode,
+    Replacement,
+    Scope,
+    Seed,
+    Text,
+    Tokens,
+    check_device,
+    check_question,
+    check_sizes,
+)
 from neuron_sparsity.terminal import given, one_flag_a_text, one_line_errors, prepare, printable
 
 if TYPE_CHECKING:
@@ -31,8 +54,6 @@ __all__ = ["app", "main"]
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_CORPUS = "sotu"
 DEFAULT_TOKENS = 12_288
-RANKINGS = ("contribution", "activation_frequency", "maximum", "weight_norm", "random")
-REPLACEMENTS = ("mean", "zero")
 
 app = typer.Typer(
     help="Which neurons of a language model do anything, and how few does it need?",
@@ -41,43 +62,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Model = Annotated[
-    str, typer.Argument(help="Hugging Face name, local folder, .gguf file, or a built-in (smollm2-135m).")
-]
-Text = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--text", help="Text file (repeat for several), built-in corpus (sotu), or hf:DATASET[:CONFIG[:SPLIT]]."
-    ),
-]
-Tokens = Annotated[int, typer.Option("--tokens", help="Tokens to measure on; cut down to whole windows.")]
-NCtx = Annotated[int | None, typer.Option("--n-ctx", help="Tokens a window. Default: the model's, at most 512.")]
-Bos = Annotated[
-    bool | None, typer.Option("--bos/--no-bos", help="Begin windows with BOS. Default: as the tokenizer does.")
-]
-Packed = Annotated[
-    bool | None,
-    typer.Option("--packed/--apart", help="Join documents or keep them apart. Default: apart; hf: packed."),
-]
-BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", help="Windows a forward pass. Default: from free memory.")
-]
-Device = Annotated[
-    str | None, typer.Option("--device", help="Such as cuda or cpu. Default: the first GPU, else the CPU.")
-]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
-Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/MODEL-CORPUS.")]
-P = Annotated[float, typer.Option("--p", help="Rise of perplexity in percent.")]
-By = Annotated[
-    str, typer.Option("--ranking", help="contribution, activation_frequency, maximum, weight_norm or random.")
-]
-Replacement = Annotated[str, typer.Option("--replacement", help="mean or zero.")]
-Scope = Annotated[str, typer.Option("--scope", help="Rank over the whole model, or within each layer: model or layer.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of random rankings and controls.")]
-RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the weights run.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
 
 @app.command()
@@ -100,6 +84,7 @@ def report(
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    backend: Kernels = "auto",
     seed: Seed = 0,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
@@ -109,7 +94,7 @@ def report(
 
     Two thirds of the windows are for measuring, one third confirms what can go.
     """
-    _check(p, ranking, replacement, scope)
+    check_question(p, ranking, replacement, scope)
     if (Path(model) / "run.json").is_file():
         from neuron_sparsity.pipeline import load_run, render
 
@@ -147,6 +132,7 @@ def record(
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    backend: Kernels = "auto",
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -175,12 +161,13 @@ def sparsity(
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    backend: Kernels = "auto",
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Search CETT-PPL-p%: how few neurons may stay active before perplexity rises by p percent."""
-    _check(p)
+    check_question(p)
     with _run(model, text, tokens, out, locals()) as run:
         result = run.sparsity(p)
     _conclude(run.folder.path, result, None, None, quiet=quiet, as_json=as_json)
@@ -203,13 +190,14 @@ def ablate(
     batch_size: BatchSize = None,
     device: Device = None,
     dtype: Dtype = "float32",
+    backend: Kernels = "auto",
     seed: Seed = 0,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the largest set of neurons that can go for good; a third of the windows confirms it."""
-    _check(p, ranking, replacement, scope)
+    check_question(p, ranking, replacement, scope)
     with _run(model, text, tokens, out, locals(), heldout=True) as run:
         result = run.sparsity(p) if ranking == "activation_frequency" else None
         stats = run.record(result)
@@ -243,7 +231,7 @@ def rank(
     if weakest is not None and strongest is not None:
         raise typer.BadParameter("give --weakest or --strongest, not both")
     stats = NeuronStatistics.load(RunFolder(folder).path)
-    ranking = rank_neurons(stats, by=by, scope=scope, seed=seed)  # type: ignore[arg-type]
+    ranking = rank_neurons(stats, by=by, scope=scope, seed=seed)  # type: ignore[call-overload]
     neurons = (
         ranking.strongest(strongest) if strongest is not None else ranking.weakest(20 if weakest is None else weakest)
     )
@@ -299,7 +287,7 @@ def _run(
     """Load model and corpus and open the run folder."""
     from neuron_sparsity.progress import progress_bar
 
-    _check_sizes(options)
+    check_sizes(options)
     show = not options["quiet"] and sys.stderr.isatty()
     with progress_bar(show) as progress:
         if progress:
@@ -308,7 +296,7 @@ def _run(
         from neuron_sparsity.corpus import load_corpus
         from neuron_sparsity.pipeline import Run
 
-        _check_device(options["device"])
+        check_device(options["device"], options["backend"])
         with redirect_stdout(io.StringIO()):  # stdout is for results, and some libraries print there
             loaded = load_model(
                 model,
@@ -330,6 +318,7 @@ def _run(
             out if out is not None else Path("runs") / _slug(f"{Path(model).name}-{windows.name}"),
             heldout=heldout,
             batch_size=options["batch_size"],
+            backend=options["backend"],
             progress=progress,
         )
 
@@ -358,39 +347,6 @@ def _conclude(
         _say(line)
     page = folder / "report.html"
     _say(f"report: {page}" if stats is not None and page.is_file() else f"run folder: {folder}")
-
-
-def _check(p: float, ranking: str = "contribution", replacement: str = "mean", scope: str = "model") -> None:
-    """Refuse what no later step would take, before the first step has taken an hour."""
-    if not (math.isfinite(p) and p > 0):
-        raise ValueError(f"--p must be a positive number of percent, got {p:g}")
-    for option, value, allowed in (
-        ("--ranking", ranking, RANKINGS),
-        ("--replacement", replacement, REPLACEMENTS),
-        ("--scope", scope, ("model", "layer")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _check_sizes(options: dict[str, Any]) -> None:
-    for option, value, least in (
-        ("--tokens", options["tokens"], 1),
-        ("--n-ctx", options["n_ctx"], 2),
-        ("--batch-size", options["batch_size"], 1),
-    ):
-        if value is not None and value < least:
-            raise ValueError(f"{option} must be at least {least}, got {value}")
-
-
-def _check_device(device: str | None) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"--device {device} does not work here ({reason}); see `neuron-sparsity doctor`") from error
 
 
 def _measured_on(model: str, corpus: dict[str, Any]) -> str:

@@ -133,64 +133,96 @@ class CurveRecorder:
     Args:
         adapter: The model.
         thresholds: Cuts on the contribution, ascending in each layer.
+        backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
 
     Raises:
-        ValueError: If a threshold is negative or NaN.
+        ValueError: If a threshold is negative or NaN, or the backend cannot run here.
     """
 
-    def __init__(self, adapter: MLPAdapter, thresholds: Float[np.ndarray, "layer k"]) -> None:
+    def __init__(
+        self, adapter: MLPAdapter, thresholds: Float[np.ndarray, "layer k"], *, backend: kernels.Backend = "auto"
+    ) -> None:
         if not (thresholds >= 0).all():
             raise ValueError("thresholds must be >= 0 and not NaN")
-        n_layers, n_cuts = thresholds.shape
-        self.adapter = adapter
+        n_cuts = thresholds.shape[1]
+        self.adapter, self.backend = adapter, backend
         self.thresholds = thresholds.astype(np.float32)
-        self.error = torch.zeros(n_layers, n_cuts, dtype=torch.float64)
-        self.active = torch.zeros(n_layers, n_cuts, dtype=torch.int64)
-        self.maximum = torch.zeros(n_layers)
-        self.heard = torch.zeros(n_layers, dtype=torch.int64)
-        self.n_tokens = torch.zeros(n_layers, dtype=torch.int64)
-        self.nonzero = torch.zeros(n_layers, dtype=torch.int64)
+        self.n_tokens = 0
+        devices = [norm.device for norm in adapter.w_norms]
+        self.backends = {kernels.choose(device, backend).name for device in devices}
+        # One sum a layer, where the layer is: nothing waits for a GPU before the pass is over.
+        self._sums = [_Sums.zeros(n_cuts, device) for device in devices]
 
     def on_post(self, layer: int, z: Float[Tensor, "batch pos neuron"]) -> None:
         """Add a batch of one layer's post-activations."""
         flat = rearrange(z, "... neuron -> (...) neuron")
-        w_norm = self.adapter.w_norms[layer]
+        w_norm, sums = self.adapter.w_norms[layer], self._sums[layer]
         cuts = torch.from_numpy(self.thresholds[layer])
-        error, active, full = kernels.tail_error(flat, w_norm, self.adapter.w_out(layer), cuts)
-        if not torch.isfinite(full).all():
-            raise MeasurementError(
-                f"layer {self.adapter.info.layers[layer]}: post-activations are NaN or infinite; check the weights, "
-                "or use --dtype float32"
-            )
-        heard = full > 0
-        self.error[layer] += (error[:, heard] / full[heard]).double().sum(dim=1).cpu()
-        self.active[layer] += active.cpu()
-        self.heard[layer] += heard.sum().cpu()
-        self.n_tokens[layer] += len(flat)
-        self.nonzero[layer] += flat.count_nonzero().cpu()
+        error, active, full = kernels.tail_error(flat, w_norm, self.adapter.w_out(layer), cuts, backend=self.backend)
+        sums.error += torch.where(full == 0, 0.0, error / full).double().sum(dim=1)  # NaN stays, and shows in `curves`
+        sums.active += active
+        sums.heard += (full != 0).sum()
+        sums.nonzero += flat.count_nonzero()
         largest = torch.maximum(flat.amax(dim=0), -flat.amin(dim=0)).float() * w_norm
-        self.maximum[layer] = max(float(self.maximum[layer]), float(largest.max()))
+        sums.maximum.copy_(torch.maximum(sums.maximum, largest.max()))
+        self.n_tokens += len(flat) if layer == 0 else 0
 
     def curves(self) -> CettCurves:
-        """Return what was measured so far. A layer that never put out anything has CETT 0 everywhere."""
-        pairs = (self.n_tokens * self.adapter.info.d_mlp).clamp_min(1)
+        """Return what was measured so far. A layer that never put out anything has CETT 0 everywhere.
+
+        Raises:
+            MeasurementError: If a layer's post-activations were NaN or infinite.
+        """
+        total = {
+            name: torch.stack([getattr(sums, name).cpu() for sums in self._sums]) for name in _Sums.__annotations__
+        }
+        broken = (~torch.isfinite(total["error"]).all(dim=1)).nonzero()
+        if len(broken):
+            raise MeasurementError(
+                f"layer {self.adapter.info.layers[int(broken[0])]}: post-activations are NaN or infinite; check the "
+                "weights, or use --dtype float32"
+            )
+        pairs = max(1, self.n_tokens * self.adapter.info.d_mlp)
         return CettCurves(
             threshold=self.thresholds.astype(np.float64),
-            cett=(self.error / self.heard.clamp_min(1)[:, None]).numpy(),
-            activation_ratio=(self.active.double() / pairs[:, None]).numpy(),
-            maximum=self.maximum.numpy().astype(np.float64),
-            silent_tokens=(self.n_tokens - self.heard).numpy(),
-            n_tokens=int(self.n_tokens[0]),
-            nonzero_ratio=(self.nonzero.double() / pairs).numpy(),
+            cett=(total["error"] / total["heard"].clamp_min(1)[:, None]).numpy(),
+            activation_ratio=(total["active"].double() / pairs).numpy(),
+            maximum=total["maximum"].numpy().astype(np.float64),
+            silent_tokens=(self.n_tokens - total["heard"]).numpy(),
+            n_tokens=self.n_tokens,
+            nonzero_ratio=(total["nonzero"].double() / pairs).numpy(),
         )
 
 
-def probe_curves(adapter: MLPAdapter, windows: Windows, *, n_rows: int = 256) -> CettCurves:
+@dataclass
+class _Sums:
+    """What one layer has shown so far."""
+
+    error: Tensor
+    active: Tensor
+    heard: Tensor
+    nonzero: Tensor
+    maximum: Tensor
+
+    @classmethod
+    def zeros(cls, n_cuts: int, device: torch.device) -> _Sums:
+        return cls(
+            error=torch.zeros(n_cuts, dtype=torch.float64, device=device),
+            active=torch.zeros(n_cuts, dtype=torch.int64, device=device),
+            heard=torch.zeros((), dtype=torch.int64, device=device),
+            nonzero=torch.zeros((), dtype=torch.int64, device=device),
+            maximum=torch.zeros((), device=device),
+        )
+
+
+def probe_curves(
+    adapter: MLPAdapter, windows: Windows, *, n_rows: int = 256, backend: kernels.Backend = "auto"
+) -> CettCurves:
     """Return coarse curves over the whole range of thresholds, from a few hundred tokens of two windows.
 
     Good to a few percent of the CETT: enough to place the thresholds that a full pass then measures.
     """
-    recorder = CurveRecorder(adapter, np.ones((adapter.info.n_layers, len(_PROBE_QUANTILES))))
+    recorder = CurveRecorder(adapter, np.ones((adapter.info.n_layers, len(_PROBE_QUANTILES))), backend=backend)
     chosen = sorted({0, windows.n_windows // 2})
     stride = max(1, len(chosen) * windows.window // n_rows)
 
@@ -216,6 +248,7 @@ def measure_curves(
     windows: Windows,
     thresholds: Float[np.ndarray, "layer k"],
     *,
+    backend: kernels.Backend = "auto",
     batch_size: int | None = None,
     progress: Progress | None = None,
     label: str = "CETT curves",
@@ -226,11 +259,12 @@ def measure_curves(
         adapter: The model.
         windows: The corpus.
         thresholds: Cuts on the contribution, ascending in each layer.
+        backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
         batch_size: Windows a forward pass; chosen from free memory if None.
         progress: Called after each batch.
         label: What the progress says.
     """
-    recorder = CurveRecorder(adapter, thresholds)
+    recorder = CurveRecorder(adapter, thresholds, backend=backend)
     if batch_size is None:
         batch_size = default_batch_size(adapter, windows.window)
     with torch.no_grad():

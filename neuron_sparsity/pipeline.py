@@ -22,6 +22,7 @@ from neuron_sparsity.ablation import AblationResult, removable_neurons
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import RunFolderError
+from neuron_sparsity.kernels import Backend
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import rank
 from neuron_sparsity.recorder import record
@@ -55,6 +56,7 @@ class Run:
         heldout: Whether to keep windows for confirmation. A folder whose results were measured with some kept goes
             on that way.
         batch_size: Windows a forward pass; chosen from free memory if None.
+        backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
         progress: Called after each batch.
 
     Raises:
@@ -67,6 +69,7 @@ class Run:
     path: Path
     heldout: bool = False
     batch_size: int | None = None
+    backend: Backend = "auto"
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
@@ -95,7 +98,12 @@ class Run:
         if found is not None:
             return found
         result = cett_ppl_sparsity(
-            self.adapter, self.calibration, p_percent=p_percent, batch_size=self.batch_size, progress=self.progress
+            self.adapter,
+            self.calibration,
+            p_percent=p_percent,
+            backend=self.backend,
+            batch_size=self.batch_size,
+            progress=self.progress,
         )
         write_json(self.folder.file("sparsity.json"), result.to_json())
         self._keep_windows(self.calibration)
@@ -123,6 +131,7 @@ class Run:
             self.calibration,
             thresholds=thresholds,
             folder=self.folder.path,
+            backend=self.backend,
             batch_size=self.batch_size,
             progress=self.progress,
         )
@@ -138,7 +147,7 @@ class Run:
         removed = removable_neurons(
             self.adapter,
             self.calibration,
-            rank(stats, by=ranking, scope=scope, seed=seed),  # type: ignore[arg-type]
+            rank(stats, by=ranking, scope=scope, seed=seed),  # type: ignore[call-overload]
             p_percent=p_percent,
             replacement=replacement,
             heldout=self.confirmation,

@@ -2,23 +2,26 @@
 
 No ranking is better than another by its name: layers live on different scales, so that the plain mean contribution,
 ranked over a whole model, can do worse than chance. `ablation` measures each against a random control.
+
+`rank(stats)` orders the neurons of a model; `rank(model, windows, per_token=True)` those of each token of a passage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from neuron_sparsity import kernels
-from neuron_sparsity.adapter import ModelInfo
+from neuron_sparsity.adapter import ModelInfo, attach
+from neuron_sparsity.corpus import Windows
 from neuron_sparsity.statistics import NeuronStatistics
 
-__all__ = ["RANKINGS", "Ranking", "rank"]
+__all__ = ["RANKINGS", "Ranking", "TokenRanking", "rank"]
 
 
 def _random(stats: NeuronStatistics, seed: int) -> Tensor:
@@ -105,23 +108,108 @@ class Ranking:
         return [(self.model.layers[layer], neuron) for layer, neuron in rows.tolist()]
 
 
+@dataclass(frozen=True, eq=False)
+class TokenRanking:
+    """The k weakest or strongest neurons of every layer on every token of a passage.
+
+    Attributes:
+        token_ids: The passage.
+        token_strings: Its tokens as text.
+        contribution: `|z| * ||W_out||`, in order: ascending for the weakest, descending for the strongest.
+        neuron: Indices in the layer; ties go to the smaller one.
+        largest: Whether these are the strongest.
+        model: What was measured.
+        corpus: Where the passage is from (`Windows.describe`, with the window's index).
+        backend: Which backend ranked.
+    """
+
+    token_ids: list[int]
+    token_strings: list[str]
+    contribution: Float[Tensor, "layer pos k"]
+    neuron: Int[Tensor, "layer pos k"]
+    largest: bool
+    model: ModelInfo
+    corpus: dict[str, Any]
+    backend: str
+
+    def at(self, pos: int) -> list[tuple[int, int, float]]:
+        """Return (layer, neuron, contribution) of one token's neurons, layer by layer; layer is the block's index."""
+        return [
+            (block, int(neuron), float(value))
+            for row, block in enumerate(self.model.layers)
+            for neuron, value in zip(self.neuron[row, pos], self.contribution[row, pos], strict=True)
+        ]
+
+
+@overload
 def rank(
-    stats: NeuronStatistics, *, by: str = "contribution", scope: Literal["model", "layer"] = "model", seed: int = 0
-) -> Ranking:
-    """Return the neurons of a model ranked by a score, weakest first.
+    stats: NeuronStatistics,
+    *,
+    by: str = ...,
+    scope: Literal["model", "layer"] = ...,
+    seed: int = ...,
+    per_token: Literal[False] = ...,
+) -> Ranking: ...
+
+
+@overload
+def rank(
+    stats: Any,
+    windows: Windows,
+    *,
+    per_token: Literal[True],
+    k: int = ...,
+    largest: bool = ...,
+    window: int = ...,
+    n_tokens: int = ...,
+    backend: kernels.Backend = ...,
+) -> TokenRanking: ...
+
+
+def rank(
+    stats: Any,
+    windows: Windows | None = None,
+    *,
+    by: str = "contribution",
+    scope: Literal["model", "layer"] = "model",
+    seed: int = 0,
+    per_token: bool = False,
+    k: int = 8,
+    largest: bool = False,
+    window: int = 0,
+    n_tokens: int = 128,
+    backend: kernels.Backend = "auto",
+) -> Ranking | TokenRanking:
+    """Return the neurons of a model ranked by a score, weakest first; or, `per_token`, those of each token.
 
     Args:
-        stats: What was recorded.
+        stats: What was recorded; with `per_token`, the TransformerLens model or adapter.
+        windows: With `per_token`, the corpus the passage is from.
         by: `"contribution"`, `"activation_frequency"`, `"maximum"`, `"weight_norm"` or `"random"`.
         scope: Over the whole model, or within each layer.
         seed: For `"random"`.
+        per_token: Rank by the contribution on each token of a passage, within each layer.
+        k: With `per_token`: how many neurons a layer and token.
+        largest: With `per_token`: the strongest instead of the weakest.
+        window: With `per_token`: which window the passage begins.
+        n_tokens: With `per_token`: how many tokens of it.
+        backend: With `per_token`: of the kernel, `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        The ranking; `weakest(k)` and `strongest(k)` read it.
+        Ranking, which `weakest(k)` and `strongest(k)` read; or TokenRanking.
 
     Raises:
-        ValueError: If the name or the scope is unknown, a score is NaN, or the statistics lack what it needs.
+        ValueError: If the name or the scope is unknown, a score is NaN, the statistics lack what it needs, `windows`
+            is missing or given in vain, there is no such window, or k is out of range.
     """
+    if per_token:
+        if windows is None:
+            raise ValueError("per_token=True ranks a model on a passage: rank(model, windows, per_token=True)")
+        return _rank_tokens(stats, windows, k=k, largest=largest, window=window, n_tokens=n_tokens, backend=backend)
+    if windows is not None or not isinstance(stats, NeuronStatistics):
+        raise ValueError(
+            "rank(stats) takes what record(model, windows) returned; per_token=True takes model and windows"
+        )
     if by not in RANKINGS:
         raise ValueError(f"unknown ranking {by!r}; one of {', '.join(RANKINGS)}")
     if scope not in ("model", "layer"):
@@ -130,3 +218,34 @@ def rank(
     if torch.isnan(scores).any():
         raise ValueError(f"scores by {by!r} are NaN; the statistics are damaged, record them again")
     return Ranking(by, scope, scores, stats.mean_activation, stats.model, stats.corpus, seed)
+
+
+def _rank_tokens(
+    model: Any, windows: Windows, *, k: int, largest: bool, window: int, n_tokens: int, backend: kernels.Backend
+) -> TokenRanking:
+    if not 0 <= window < windows.n_windows:
+        raise ValueError(f"window must be between 0 and {windows.n_windows - 1}, got {window}")
+    if n_tokens < 1:
+        raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
+    adapter = attach(model)
+    tokens = windows.tokens[window, :n_tokens]
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def on_post(layer: int, z: Tensor) -> None:
+        found[layer] = kernels.contribution_topk(z[0], adapter.w_norms[layer], k, largest=largest, backend=backend)
+
+    with torch.no_grad():
+        adapter.final_residual(tokens[None].long(), on_post)
+    values, neurons = zip(*(found[layer] for layer in range(adapter.info.n_layers)), strict=True)
+    tokenizer = adapter.model.tokenizer
+    ids = tokens.tolist()
+    return TokenRanking(
+        token_ids=ids,
+        token_strings=[tokenizer.decode([token]) for token in ids] if tokenizer else [str(token) for token in ids],
+        contribution=torch.stack([value.cpu() for value in values]),
+        neuron=torch.stack([neuron.cpu() for neuron in neurons]),
+        largest=largest,
+        model=adapter.info,
+        corpus=windows.describe() | {"window_index": window, "document": windows.documents[window]},
+        backend=" + ".join(sorted({kernels.choose(norm.device, backend).name for norm in adapter.w_norms})),
+    )

@@ -1,7 +1,7 @@
 """One streaming pass of a model over a corpus: the statistics of every neuron.
 
-1. Every batch runs up to the unembedding; each layer's post-activations go to `kernels.neuron_statistics`, window by
-   window, and are forgotten.
+1. Every batch runs up to the unembedding; each layer's post-activations go to `kernels.neuron_statistics` on the
+   layer's own device, and are forgotten.
 2. Memory does not grow with the number of tokens: per neuron a few sums, 64 histogram bins and K examples.
 3. With a folder, the state is written there once a minute and when a signal asks to stop; the next call goes on from
    it, and ends with the same bits as a recording that was never interrupted.
@@ -22,17 +22,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from neuron_sparsity import kernels
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, RunFolderError
-from neuron_sparsity.kernels import StatisticsState, neuron_statistics
+from neuron_sparsity.kernels import Backend, StatisticsState
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
 from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
-from neuron_sparsity.store import decode, make_folder, read_tensors, write_tensors
+from neuron_sparsity.store import decode, make_folder, provenance, read_tensors, write_tensors
 
 __all__ = ["NeuronStatistics", "record"]
 
 PARTIAL = "record.partial.safetensors"
+_OWN = ("maximum", "example_value", "example_position")
 _STATE = tuple(field.name for field in fields(StatisticsState) if field.name not in ("n_tokens", "thresholds"))
 
 
@@ -45,6 +47,7 @@ def record(
     n_examples: int = 5,
     batch_size: int | None = None,
     checkpoint_seconds: float = 60.0,
+    backend: Backend = "auto",
     progress: Progress | None = None,
 ) -> NeuronStatistics:
     """Return the statistics of every MLP neuron of a model over a corpus, from one pass.
@@ -58,6 +61,7 @@ def record(
         n_examples: Top activating examples a neuron, at most one a window.
         batch_size: Windows a forward pass; chosen from free memory if None. A resumed recording keeps its own.
         checkpoint_seconds: How often the state is written to `folder`.
+        backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`; `provenance` of the result says which ran.
         progress: Called after each batch.
 
     Returns:
@@ -66,14 +70,14 @@ def record(
     Raises:
         MeasurementError: If post-activations are NaN or infinite, or memory runs out.
         RunFolderError: If `folder` cannot be written or holds another recording.
-        ValueError: If a set of thresholds does not have one number >= 0 a layer, or `n_examples` or `batch_size`
-            cannot be.
+        ValueError: If a set of thresholds does not have one number >= 0 a layer, `n_examples` or `batch_size`
+            cannot be, or the backend cannot run here.
         KeyboardInterrupt: After SIGINT or SIGTERM, once the state (or, at the very end, the result) is written.
     """
     adapter = attach(model)
     if n_examples < 0:
         raise ValueError(f"n_examples must be >= 0, got {n_examples}")
-    recording = _Recording(adapter, windows, thresholds or {}, n_examples)
+    recording = _Recording(adapter, windows, thresholds or {}, n_examples, backend)
     path = None if folder is None else Path(folder) / PARTIAL
     if path is not None:
         make_folder(path.parent)
@@ -103,10 +107,18 @@ class _Recording:
     """The state of a recording between two batches."""
 
     def __init__(
-        self, adapter: MLPAdapter, windows: Windows, thresholds: Mapping[str, Sequence[float]], n_examples: int
+        self,
+        adapter: MLPAdapter,
+        windows: Windows,
+        thresholds: Mapping[str, Sequence[float]],
+        n_examples: int,
+        backend: Backend = "auto",
     ) -> None:
         info = adapter.info
         self.adapter, self.windows, self.next_window = adapter, windows, 0
+        self.backend = backend
+        devices = [norm.device for norm in adapter.w_norms]
+        self.backends = sorted({kernels.choose(device, backend).name for device in devices})
         self.names = tuple(thresholds)
         self.thresholds = torch.empty(info.n_layers, len(self.names))
         for k, (name, cuts) in enumerate(thresholds.items()):
@@ -115,25 +127,26 @@ class _Recording:
             self.thresholds[:, k] = torch.tensor([float(cut) for cut in cuts])
             if not bool((self.thresholds[:, k] >= 0).all()):
                 raise ValueError(f"thresholds {name!r} must be >= 0, got {list(cuts)}")
+        # One tensor a layer, where the layer is: nothing is copied between devices until the end.
         self.states = [
-            StatisticsState.zeros(info.d_mlp, self.thresholds[layer], adapter.w_norms[layer].device)
-            for layer in range(info.n_layers)
+            StatisticsState.zeros(info.d_mlp, cuts, device)
+            for cuts, device in zip(self.thresholds, devices, strict=True)
         ]
-        shape = (info.n_layers, info.d_mlp)
-        self.maximum = torch.zeros(shape)
-        self.example_value = torch.zeros(*shape, n_examples)
-        self.example_position = torch.full((*shape, n_examples), -1, dtype=torch.int64)
+        self.maximum = [torch.zeros(info.d_mlp, device=device) for device in devices]
+        self.example_value = [torch.zeros(info.d_mlp, n_examples, device=device) for device in devices]
+        self.example_position = [
+            torch.full((info.d_mlp, n_examples), -1, dtype=torch.int64, device=device) for device in devices
+        ]
 
     def add(self, start: int, tokens: Tensor) -> None:
         """Add one batch; `start` is the index of its first window."""
 
         def on_post(layer: int, z: Tensor) -> None:
             w_norm, state = self.adapter.w_norms[layer], self.states[layer]
-            sinks = neuron_statistics(z[:, 0], w_norm, state)
-            self.maximum[layer] = torch.maximum(self.maximum[layer], sinks.cpu())
-            for row in range(len(z)):
-                best = neuron_statistics(z[row, 1:], w_norm, state)
-                self._examples(layer, start + row, z[row], best.cpu())
+            sinks = kernels.neuron_statistics(z[:, 0], w_norm, state, backend=self.backend)
+            best = kernels.neuron_statistics(z[:, 1:], w_norm, state, backend=self.backend)
+            self.maximum[layer] = torch.maximum(self.maximum[layer], torch.maximum(sinks, best.amax(dim=0)))
+            self._examples(layer, start, z, best)
 
         self.adapter.final_residual(tokens, on_post)
         self.next_window = start + len(tokens)
@@ -145,21 +158,24 @@ class _Recording:
                     f"{self.next_window - 1}; check the weights, or use --dtype float32"
                 )
 
-    def _examples(self, layer: int, window: int, z: Tensor, best: Float[Tensor, " neuron"]) -> None:
-        """Keep a window's largest contribution of each neuron where it is among the neuron's top K so far."""
-        self.maximum[layer] = torch.maximum(self.maximum[layer], best)
+    def _examples(
+        self, layer: int, start: int, z: Float[Tensor, "window pos neuron"], best: Float[Tensor, "window neuron"]
+    ) -> None:
+        """Keep each window's largest contribution of a neuron where it is among the neuron's top K so far."""
         values, positions = self.example_value[layer], self.example_position[layer]
-        if values.shape[1] == 0:
+        if values.shape[1] == 0 or z.shape[1] < 2:
             return
-        better = (best > values[:, -1]).nonzero()[:, 0]
+        better = (best > values[:, -1]).any(dim=0).nonzero()[:, 0]
         if len(better) == 0:
             return
-        columns = z[1:, better.to(z.device)].float().abs_()
-        where = columns.max(dim=0).indices.cpu() + 1 + window * self.windows.window
-        new_values = torch.cat((values[better], best[better, None]), dim=1)
-        new_positions = torch.cat((positions[better], where[:, None]), dim=1)
-        order = new_values.argsort(dim=1, descending=True, stable=True)[:, :-1]
-        values[better], positions[better] = new_values.gather(1, order), new_positions.gather(1, order)
+        first = torch.arange(start, start + len(z), device=z.device) * self.windows.window + 1
+        peak = torch.stack([window[1:].index_select(1, better).float().abs_().max(dim=0).indices for window in z])
+        # Ties go to the earlier window: the old ones stand first, and the sort is stable.
+        candidates = torch.cat((values[better], best[:, better].T), dim=1)
+        places = torch.cat((positions[better], (peak + first[:, None]).T), dim=1)
+        places[candidates == 0] = -1  # a neuron that was silent in a window has no example there
+        order = candidates.argsort(dim=1, descending=True, stable=True)[:, : values.shape[1]]
+        values[better], positions[better] = candidates.gather(1, order), places.gather(1, order)
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -167,15 +183,19 @@ class _Recording:
             "dtype": self.adapter.info.dtype,
             "corpus": self.windows.sha256,
             "threshold_names": list(self.names),
-            "n_examples": self.example_value.shape[2],
+            "n_examples": self.example_value[0].shape[1],
         }
 
     def write(self, path: Path, batch_size: int) -> None:
         """Write the state, so that a later call goes on from here."""
-        tensors = {name: torch.stack([getattr(state, name).cpu() for state in self.states]) for name in _STATE}
-        own = {name: getattr(self, name) for name in ("maximum", "example_value", "example_position", "thresholds")}
         header = {"identity": self._identity(), "next_window": self.next_window, "batch_size": batch_size}
-        write_tensors(path, tensors | own, header)
+        write_tensors(path, self._stacked() | {"thresholds": self.thresholds}, header)
+
+    def _stacked(self) -> dict[str, Tensor]:
+        """The state of all layers on the CPU."""
+        tensors = {name: torch.stack([getattr(state, name).cpu() for state in self.states]) for name in _STATE}
+        own = {name: torch.stack([tensor.cpu() for tensor in getattr(self, name)]) for name in _OWN}
+        return tensors | own
 
     def resume(self, path: Path, batch_size: int | None) -> int | None:
         """Take up a state that was written; return its batch size, or None if there is none.
@@ -202,11 +222,10 @@ class _Recording:
         next_window, batch_size = int(header["next_window"]), int(header["batch_size"])
         if not 0 <= next_window <= self.windows.n_windows or batch_size < 1:
             raise ValueError(f"next_window is {next_window} of {self.windows.n_windows}, batch_size {batch_size}")
-        own = {name: getattr(self, name) for name in ("maximum", "example_value", "example_position")}
-        for name, target in own.items():
-            _fill(name, target, tensors[name])
         for layer, state in enumerate(self.states):
             state.n_tokens = next_window * self.windows.window
+            for name in _OWN:
+                _fill(name, getattr(self, name)[layer], tensors[name][layer])
             for name in _STATE:
                 _fill(name, getattr(state, name), tensors[name][layer])
         self.next_window = next_window
@@ -214,9 +233,9 @@ class _Recording:
 
     def finish(self) -> NeuronStatistics:
         """Return the statistics, with the text around each example."""
-        stacked = {name: torch.stack([getattr(state, name).cpu() for state in self.states]) for name in _STATE}
+        stacked = self._stacked()
         n_tokens = self.windows.n_tokens
-        context = _contexts(self.windows.tokens, self.example_position)
+        context = _contexts(self.windows.tokens, stacked["example_position"])
         ids = [token for token in context.unique().tolist() if token >= 0]
         tokenizer = self.adapter.model.tokenizer
         return NeuronStatistics(
@@ -224,14 +243,13 @@ class _Recording:
             corpus=self.windows.describe(),
             n_tokens=n_tokens,
             zero_count=n_tokens - stacked.pop("nonzero_count"),
-            contribution_max=self.maximum,
+            contribution_max=stacked.pop("maximum"),
             thresholds=self.thresholds,
             threshold_names=self.names,
-            example_value=self.example_value,
-            example_position=self.example_position,
             example_context=context,
             w_norm=torch.stack([norm.cpu() for norm in self.adapter.w_norms]),
             token_strings={token: tokenizer.decode([token]) for token in ids} if tokenizer else {},
+            provenance=provenance() | {"backends": {"neuron_statistics": " + ".join(self.backends)}},
             **stacked,
         )
 

@@ -27,6 +27,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from neuron_sparsity import kernels
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.curves import CettCurves, CurveRecorder, measure_curves, probe_curves
@@ -175,6 +176,7 @@ def cett_ppl_sparsity(
     *,
     p_percent: float = 1.0,
     tolerance_percent: float | None = None,
+    backend: kernels.Backend = "auto",
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> SparsityResult:
@@ -189,6 +191,7 @@ def cett_ppl_sparsity(
         windows: Calibration and evaluation text.
         p_percent: Rise of perplexity, > 0.
         tolerance_percent: How close to p the measured rise must come; 0.05 points (0.05 p below p = 1) if None.
+        backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`; `provenance` of the result says which ran.
         batch_size: Windows a forward pass; chosen from free memory if None.
         progress: Called after each batch.
 
@@ -196,7 +199,7 @@ def cett_ppl_sparsity(
         The result; `reached=False` with the numbers at CETT 1 where no CETT costs p percent.
 
     Raises:
-        ValueError: If `p_percent` is not a positive number.
+        ValueError: If `p_percent` is not a positive number, or the backend cannot run here.
         MeasurementError: If activations or losses are NaN, or memory runs out.
     """
     if not (math.isfinite(p_percent) and p_percent > 0):
@@ -204,7 +207,8 @@ def cett_ppl_sparsity(
     tolerance = 0.05 * min(1.0, p_percent) if tolerance_percent is None else tolerance_percent
     if not (math.isfinite(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance must be a positive number of percentage points, got {tolerance}")
-    return _Search(attach(model), windows, p_percent, tolerance, batch_size, progress).run()
+    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+    return _Search(attach(model), windows, p_percent, tolerance, backend, options).run()
 
 
 class _Search:
@@ -216,14 +220,15 @@ class _Search:
         windows: Windows,
         p_percent: float,
         tolerance: float,
-        batch_size: int | None,
-        progress: Progress | None,
+        backend: kernels.Backend,
+        options: dict[str, Any],
     ) -> None:
         self.adapter, self.windows = adapter, windows
         self.p_percent, self.tolerance = p_percent, tolerance
         self.target = math.log1p(p_percent / 100)
         self.jitter = _JITTER * min(1.0, 1 / p_percent) * math.sqrt(4096 / max(1, int(windows.scored.sum())))
-        self.options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        self.options, self.backend = options, backend
+        self.backends = {kernels.choose(norm.device, backend).name for norm in adapter.w_norms}
         self.passes = 0.0
         self.dense_seconds_per_token = 0.0
         self.ppl_dense = math.nan
@@ -231,7 +236,7 @@ class _Search:
 
     def run(self) -> SparsityResult:
         start = time.perf_counter()
-        probe = probe_curves(self.adapter, self.windows)
+        probe = probe_curves(self.adapter, self.windows, backend=self.backend)
         self.passes += min(2, self.windows.n_windows) / self.windows.n_windows
         guess = self._rough_cett(probe)
         dense, curves = self._dense_pass(probe, guess)
@@ -263,7 +268,8 @@ class _Search:
     def _dense_pass(self, probe: CettCurves, guess: float) -> tuple[Tensor, CettCurves]:
         """Measure every token's dense loss and the CETT curves around `guess`, in one pass."""
         targets = sorted({min(0.95, guess * factor) for factor in _CURVE_FACTORS})
-        recorder = CurveRecorder(self.adapter, _ascending([probe.thresholds_at(target) for target in targets]))
+        thresholds = _ascending([probe.thresholds_at(target) for target in targets])
+        recorder = CurveRecorder(self.adapter, thresholds, backend=self.backend)
         losses = self._losses(self.windows, recorder.on_post, "dense pass and CETT curves")
         return losses, recorder.curves()
 
@@ -357,6 +363,7 @@ class _Search:
             )
             for i, block in enumerate(self.adapter.info.layers)
         )
+        used = " + ".join(sorted(self.backends))
         shown = ("cett", "ppl", "ppl_increase_percent", "activation_ratio")
         untouched = {
             "cett": 0.0,
@@ -385,7 +392,7 @@ class _Search:
                 "seconds": seconds,
                 "dense_passes": seconds / max(dense_seconds, 1e-9),
             },
-            provenance=provenance(),
+            provenance=provenance() | {"backends": dict.fromkeys(("tail_error", "threshold_mask"), used)},
         )
 
     def _losses(self, windows: Windows, on_post: Any, label: str) -> Float[Tensor, "window pos"]:
@@ -394,11 +401,11 @@ class _Search:
 
     def _curves(self, thresholds: Float[np.ndarray, "layer k"], label: str) -> CettCurves:
         self.passes += 1
-        return measure_curves(self.adapter, self.windows, thresholds, label=label, **self.options)
+        return measure_curves(self.adapter, self.windows, thresholds, backend=self.backend, label=label, **self.options)
 
     def _truncated(self, windows: Windows, thresholds: Sequence[float], label: str) -> tuple[Tensor, Any]:
         self.passes += windows.n_tokens / self.windows.n_tokens
-        return truncated_losses(self.adapter, windows, thresholds, label=label, **self.options)
+        return truncated_losses(self.adapter, windows, thresholds, backend=self.backend, label=label, **self.options)
 
 
 def _ascending(rows: Sequence[Sequence[float]]) -> Float[np.ndarray, "layer k"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class NeuronStatistics:
         example_context: Token ids around it; the token itself at index 16; -1 outside the window.
         token_strings: String of every token id in `example_context`.
         w_norm: Norm of each neuron's output weights.
+        provenance: Versions, seed, command, and `backends`: which backend each kernel ran on.
     """
 
     model: ModelInfo
@@ -68,6 +69,7 @@ class NeuronStatistics:
     example_context: Int[Tensor, "layer neuron example context"]
     token_strings: dict[int, str]
     w_norm: Float[Tensor, "layer neuron"]
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def n_layers(self) -> int:
@@ -157,6 +159,7 @@ class NeuronStatistics:
             w_norm=self.w_norm,
             contribution_max=torch.maximum(self.contribution_max, other.contribution_max),
             token_strings=self.token_strings | other.token_strings,
+            provenance=_merge_provenance(self.provenance, other.provenance),
             **added,
             **_merge_examples(self, other),
         )
@@ -173,6 +176,7 @@ class NeuronStatistics:
             "n_tokens": self.n_tokens,
             "threshold_names": list(self.threshold_names),
             "token_strings": self.token_strings,
+            "provenance": self.provenance,
         }
         write_tensors(Path(folder) / "statistics.safetensors", {name: getattr(self, name) for name in _TENSORS}, header)
 
@@ -220,6 +224,7 @@ def _build(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NeuronSt
         n_tokens=int(header["n_tokens"]),
         threshold_names=tuple(header["threshold_names"]),
         token_strings={int(key): str(value) for key, value in header["token_strings"].items()},
+        provenance=dict(header.get("provenance", {})),  # recordings of version 0.1.0 have none
         **{name: tensors[name] for name in _TENSORS},
     )
     sizes = {
@@ -246,6 +251,12 @@ def _merge_corpus(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     summed = {key: a[key] + b[key] for key in ("n_tokens", "scored_tokens", "n_windows")}
     sha = hashlib.sha256("".join(parts).encode()).hexdigest()
     return a | summed | {"name": " + ".join(names), "sha256": sha, "parts": parts}
+
+
+def _merge_provenance(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    """The common one, or each part's own."""
+    parts = [*a.get("parts", [a]), *b.get("parts", [b])]
+    return a if all(part == parts[0] for part in parts) else {"parts": parts}
 
 
 def _merge_examples(a: NeuronStatistics, b: NeuronStatistics) -> dict[str, Tensor]:

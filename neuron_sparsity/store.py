@@ -36,7 +36,16 @@ __all__ = [
 ]
 
 SCHEMA = 1
-_PACKAGES = ("neuron_sparsity", "torch", "transformer_lens", "transformers", "numpy", "safetensors", "circuitsvis")
+_PACKAGES = (
+    "neuron_sparsity",
+    "torch",
+    "triton",
+    "transformer_lens",
+    "transformers",
+    "numpy",
+    "safetensors",
+    "circuitsvis",
+)
 
 
 def provenance(*, seed: int = 0, command: str | None = None) -> dict[str, Any]:

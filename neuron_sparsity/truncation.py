@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from neuron_sparsity import kernels
@@ -30,14 +30,21 @@ class Truncation:
 
     Attributes:
         thresholds: One a layer.
-        active: (token, neuron) pairs that stayed active, a layer.
-        pairs: All pairs, a layer.
+        pairs: All (token, neuron) pairs, a layer.
+        backends: Which kernel backends have run.
     """
 
-    def __init__(self, thresholds: Sequence[float]) -> None:
+    def __init__(self, thresholds: Sequence[float], backend: kernels.Backend = "auto") -> None:
         self.thresholds = [float(threshold) for threshold in thresholds]
-        self.active = torch.zeros(len(thresholds), dtype=torch.int64)
         self.pairs = torch.zeros(len(thresholds), dtype=torch.int64)
+        self.backends: set[str] = set()
+        self._backend = backend
+        self._active: list[int | Tensor] = [0] * len(thresholds)
+
+    @property
+    def active(self) -> Int[Tensor, " layer"]:
+        """(token, neuron) pairs that stayed active, a layer."""
+        return torch.tensor([int(count) for count in self._active], dtype=torch.int64)
 
     @property
     def layer_activation_ratios(self) -> list[float]:
@@ -56,29 +63,34 @@ class Truncation:
         if torch.is_grad_enabled() and flat.requires_grad:
             kept = contributions(flat.detach(), w_norm) >= self.thresholds[layer]
             flat, active = flat * kept, kept.sum()
+            self.backends.add("torch")  # the kernels know no gradients
         else:
-            active = kernels.threshold_mask(flat, w_norm, self.thresholds[layer]).sum()
-        self.active[layer] += active.cpu()
+            active = kernels.threshold_mask(flat, w_norm, self.thresholds[layer], backend=self._backend).sum()
+            self.backends.add(kernels.choose(z.device, self._backend).name)
+        self._active[layer] = self._active[layer] + active  # stays on the layer's device: no wait for it here
         self.pairs[layer] += flat.numel()
         return flat.view(z.shape)
 
 
 @contextmanager
-def sparsify(model: Any, result: Any) -> Iterator[Truncation]:
+def sparsify(model: Any, result: Any, *, backend: kernels.Backend = "auto") -> Iterator[Truncation]:
     """Truncate a model while the context is open: anything run inside sees only its strong neurons.
 
     Args:
         model: TransformerLens model or adapter.
         result: SparsityResult, or one threshold a layer.
+        backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
 
     Yields:
         A Truncation, which counts active neurons of every token that passes.
 
     Raises:
-        ValueError: If the result is of another model, or there is not one threshold a layer.
+        ValueError: If the result is of another model, there is not one threshold a layer, or the backend cannot run.
     """
     adapter = attach(model)
-    truncation = Truncation(_thresholds(result, adapter.info.n_layers))
+    truncation = Truncation(_thresholds(result, adapter.info.n_layers), backend)
+    for norm in adapter.w_norms:
+        kernels.choose(norm.device, backend)  # refuse a backend that cannot run before anything runs
     found = getattr(getattr(result, "model", None), "fingerprint", adapter.info.fingerprint)
     if found != adapter.info.fingerprint:
         raise ValueError(f"the result was measured on {result.model.name} with other weights; measure this model first")
@@ -131,12 +143,13 @@ def truncated_losses(
     windows: Windows,
     thresholds: Sequence[float],
     *,
+    backend: kernels.Backend = "auto",
     batch_size: int | None = None,
     progress: Progress | None = None,
     label: str = "truncated pass",
 ) -> tuple[Float[Tensor, "window pos"], Truncation]:
     """Return the next-token losses of the truncated model, and what was active."""
-    truncation = Truncation(thresholds)
+    truncation = Truncation(thresholds, backend)
     losses = token_losses(
         adapter,
         windows,
@@ -217,8 +230,8 @@ def token_activity(model: Any, windows: Windows, result: Any, *, window: int = 0
     ratio = torch.zeros(adapter.info.n_layers, len(tokens))
 
     def on_post(layer: int, z: Tensor) -> None:
-        active = contributions(z[0], adapter.w_norms[layer]) >= cuts[layer]
-        ratio[layer] = active.float().mean(dim=1).cpu()
+        active = kernels.threshold_mask(z[0].clone(), adapter.w_norms[layer], cuts[layer])
+        ratio[layer] = active.cpu() / adapter.info.d_mlp
 
     with torch.no_grad():
         adapter.final_residual(tokens[None].long(), on_post)

@@ -43,6 +43,7 @@ ROOMS = [
     "terminal",
     "progress",
     "doctor",
+    "options",
     "cli",
     "__main__",
 ]

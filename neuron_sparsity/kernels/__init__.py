@@ -1,24 +1,36 @@
-"""The few operations that touch every (token, neuron) pair: validated here, computed by `reference`.
+"""The few operations that touch every (token, neuron) pair: validated here, computed by a backend.
 
-Everything that measures neurons (recorder, CETT curves, `sparsify`, per-token ranking) goes through these ops, so
-that a faster implementation of one of them serves all. `c = |z| * w_norm` is a neuron's contribution, always rounded
-to float32 once, so that every op and every backend agrees on which side of a threshold a neuron falls.
+Everything that measures neurons (recorder, CETT curves, `sparsify`, per-token ranking) goes through these ops.
+`c = |z| * w_norm` is a neuron's contribution, always rounded to float32 once, so that every op and every backend agrees
+on which side of a threshold a neuron falls: counts, masks and indices are equal, bit for bit.
+
+Backends: `reference` (torch: the definition, and what runs on the CPU) and `triton` (one kernel file an op, what runs
+on CUDA). `backend="auto"` chooses by the device; `choose` says what and why; one asked for by name never falls back.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from neuron_sparsity.kernels import reference
+from neuron_sparsity.kernels.backend import BACKENDS, Backend, BackendChoice, choose, implementation
 from neuron_sparsity.kernels.reference import N_BINS
 
 __all__ = [
+    "BACKENDS",
+    "MAX_THRESHOLDS",
     "N_BINS",
+    "OPS",
+    "Backend",
+    "BackendChoice",
     "StatisticsState",
+    "choose",
     "contribution_topk",
     "global_rank",
     "histogram_edges",
@@ -27,13 +39,23 @@ __all__ = [
     "threshold_mask",
 ]
 
+OPS = ("neuron_statistics", "tail_error", "threshold_mask", "contribution_topk")
+"""The ops that have more than one backend."""
+
+MAX_THRESHOLDS = 31
+"""Thresholds that `neuron_statistics` can count above at once."""
+
 
 @dataclass
 class StatisticsState:
     """Running statistics of one layer's neurons, updated in place by `neuron_statistics`.
 
-    Counts are int64, sums float64: each call adds a float32 sum over 128 tokens, so that counts are exact and the
-    relative error of a sum stays near 1e-7 however many tokens follow.
+    Counts are int64 and exact. Sums are float64, fed by float32 sums over at most 128 tokens, whose relative error is
+    below 128 * 2^-24 = 8e-6 and in practice near 1e-7; adding 10^10 of those in float64 adds at most 10^10 * 2^-53 =
+    1e-6. So nothing overflows or drifts in 10^12 tokens.
+
+    Raises:
+        ValueError: By `zeros`, if there are more than 31 thresholds.
     """
 
     n_tokens: int
@@ -51,6 +73,8 @@ class StatisticsState:
     ) -> StatisticsState:
         """Return the state of `n_neuron` neurons before the first token."""
         cuts = torch.empty(0) if thresholds is None else thresholds
+        if len(cuts) > MAX_THRESHOLDS:
+            raise ValueError(f"at most {MAX_THRESHOLDS} thresholds can be counted at once, got {len(cuts)}")
 
         def sums() -> Tensor:
             return torch.zeros(n_neuron, dtype=torch.float64, device=device)
@@ -86,23 +110,28 @@ def histogram_edges() -> Float[Tensor, " bin"]:
 
 
 def neuron_statistics(
-    z: Float[Tensor, "token neuron"], w_norm: Float[Tensor, " neuron"], state: StatisticsState
-) -> Float[Tensor, " neuron"]:
+    z: Float[Tensor, "*group token neuron"],
+    w_norm: Float[Tensor, " neuron"],
+    state: StatisticsState,
+    *,
+    backend: Backend = "auto",
+) -> Float[Tensor, "*group neuron"]:
     """Add the tokens of `z` to a layer's running statistics, in one pass.
 
     `z` is meant to be finite: NaN or infinity in one neuron makes its own sums NaN or infinite and leaves all other
     neurons alone, so that a caller may check `activation_sum` afterwards instead of `z` before.
 
     Args:
-        z: Post-activations, batch and pos flattened.
+        z: Post-activations; with a group axis (windows), the largest contributions come one row a group.
         w_norm: Norm of each neuron's output weights, float32.
-        state: What was seen so far; updated in place.
+        state: What was seen so far, on the device of `z`; updated in place.
+        backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
-        Float32: the largest contribution of each neuron among these tokens.
+        Float32: the largest contribution of each neuron among these tokens, of each group; 0 where there are none.
 
     Raises:
-        ValueError: If shapes disagree.
+        ValueError: If shapes disagree, or the backend cannot run here.
 
     Example:
         >>> state = StatisticsState.zeros(2)
@@ -111,10 +140,16 @@ def neuron_statistics(
         >>> state.n_tokens, state.contribution_sum.tolist(), state.nonzero_count.tolist()
         (2, [7.0, 2.0], [2, 1])
     """
-    _check(z, w_norm)
-    if len(state.contribution_sum) != z.shape[1]:
-        raise ValueError(f"state is for {len(state.contribution_sum)} neurons, z has {z.shape[1]}")
-    return reference.neuron_statistics(z, w_norm, state)
+    if z.dim() not in (2, 3):
+        raise ValueError(f"z must be [token, neuron] or [group, token, neuron], got {list(z.shape)}")
+    _check_norms(z, w_norm)
+    if len(state.contribution_sum) != z.shape[-1]:
+        raise ValueError(f"state is for {len(state.contribution_sum)} neurons, z has {z.shape[-1]}")
+    with _on(z):
+        maximum: Tensor = _module("neuron_statistics", z, backend).neuron_statistics(
+            z if z.dim() == 3 else z[None], w_norm, state
+        )
+    return maximum if z.dim() == 3 else maximum[0]
 
 
 def tail_error(
@@ -122,6 +157,8 @@ def tail_error(
     w_norm: Float[Tensor, " neuron"],
     w_out: Float[Tensor, "neuron d_model"],
     thresholds: Float[Tensor, " threshold"],
+    *,
+    backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "threshold token"], Int[Tensor, " threshold"], Float[Tensor, " token"]]:
     """Return the norm of the truncated tail's output for several thresholds at once.
 
@@ -132,12 +169,13 @@ def tail_error(
         w_norm: Norm of each neuron's output weights.
         w_out: Output weights.
         thresholds: Cuts on the contribution.
+        backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         Norm of the tail's output; number of active (token, neuron) pairs; norm of the full output. Float32, int64.
 
     Raises:
-        ValueError: If shapes disagree.
+        ValueError: If shapes disagree, or the backend cannot run here.
 
     Example:
         >>> z, w_out = torch.tensor([[3.0, 4.0]]), torch.eye(2)
@@ -150,11 +188,15 @@ def tail_error(
         raise ValueError(f"w_out must be [{z.shape[1]}, d_model], got {list(w_out.shape)}")
     if thresholds.dim() != 1:
         raise ValueError(f"thresholds must be [threshold], got {list(thresholds.shape)}")
-    return reference.tail_error(z, w_norm, w_out, thresholds)
+    with _on(z):
+        found: tuple[Tensor, Tensor, Tensor] = _module("tail_error", z, backend).tail_error(
+            z, w_norm, w_out, thresholds
+        )
+    return found
 
 
 def threshold_mask(
-    z: Float[Tensor, "token neuron"], w_norm: Float[Tensor, " neuron"], threshold: float
+    z: Float[Tensor, "token neuron"], w_norm: Float[Tensor, " neuron"], threshold: float, *, backend: Backend = "auto"
 ) -> Int[Tensor, " token"]:
     """Set every activation whose contribution is below `threshold` to zero, in place.
 
@@ -164,12 +206,13 @@ def threshold_mask(
         z: Post-activations; changed.
         w_norm: Norm of each neuron's output weights.
         threshold: Cut on the contribution, as a float32.
+        backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         Number of active neurons of each token.
 
     Raises:
-        ValueError: If shapes disagree or the threshold is NaN.
+        ValueError: If shapes disagree, the threshold is NaN, or the backend cannot run here.
 
     Example:
         >>> z = torch.tensor([[3.0, -4.0]])
@@ -179,11 +222,18 @@ def threshold_mask(
     _check(z, w_norm)
     if threshold != threshold:
         raise ValueError("threshold must be a number, got nan")
-    return reference.threshold_mask(z, w_norm, threshold)
+    with _on(z):
+        active: Tensor = _module("threshold_mask", z, backend).threshold_mask(z, w_norm, threshold)
+    return active
 
 
 def contribution_topk(
-    z: Float[Tensor, "token neuron"], w_norm: Float[Tensor, " neuron"], k: int, *, largest: bool = False
+    z: Float[Tensor, "token neuron"],
+    w_norm: Float[Tensor, " neuron"],
+    k: int,
+    *,
+    largest: bool = False,
+    backend: Backend = "auto",
 ) -> tuple[Float[Tensor, "token k"], Int[Tensor, "token k"]]:
     """Return the k weakest (or strongest) neurons of each token by contribution.
 
@@ -192,12 +242,13 @@ def contribution_topk(
         w_norm: Norm of each neuron's output weights.
         k: How many, 1 to the number of neurons.
         largest: The strongest instead of the weakest.
+        backend: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         Contributions and neuron indices, in order. Ties go to the smaller index; NaN counts as the largest.
 
     Raises:
-        ValueError: If shapes disagree or k is out of range.
+        ValueError: If shapes disagree, k is out of range, or the backend cannot run here.
 
     Example:
         >>> contribution_topk(torch.tensor([[3.0, -1.0, 1.0]]), torch.ones(3), 2)
@@ -206,7 +257,9 @@ def contribution_topk(
     _check(z, w_norm)
     if not 1 <= k <= z.shape[1]:
         raise ValueError(f"k must be between 1 and {z.shape[1]}, got {k}")
-    return reference.contribution_topk(z, w_norm, k, largest)
+    with _on(z):
+        found: tuple[Tensor, Tensor] = _module("contribution_topk", z, backend).contribution_topk(z, w_norm, k, largest)
+    return found
 
 
 def global_rank(scores: Float[Tensor, "layer neuron"], k: int) -> Int[Tensor, "k 2"]:
@@ -241,5 +294,20 @@ def global_rank(scores: Float[Tensor, "layer neuron"], k: int) -> Int[Tensor, "k
 def _check(z: Tensor, w_norm: Tensor) -> None:
     if z.dim() != 2:
         raise ValueError(f"z must be [token, neuron], got {list(z.shape)}; flatten batch and pos")
-    if w_norm.shape != z.shape[1:]:
-        raise ValueError(f"w_norm must be [{z.shape[1]}], got {list(w_norm.shape)}")
+    _check_norms(z, w_norm)
+
+
+def _check_norms(z: Tensor, w_norm: Tensor) -> None:
+    if w_norm.shape != z.shape[-1:]:
+        raise ValueError(f"w_norm must be [{z.shape[-1]}], got {list(w_norm.shape)}")
+    if w_norm.device != z.device:
+        raise ValueError(f"z is on {z.device} and w_norm on {w_norm.device}; move one to the other")
+
+
+def _module(op: str, z: Tensor, backend: str) -> ModuleType:
+    return implementation(op, z.device, backend)
+
+
+def _on(z: Tensor) -> AbstractContextManager[object]:
+    """Make the tensor's GPU the current one: kernels start there."""
+    return torch.cuda.device(z.device) if z.device.type == "cuda" else nullcontext()

@@ -33,7 +33,14 @@ def contributions(z: Tensor, w_norm: Tensor) -> Tensor:
 
 
 def neuron_statistics(z: Tensor, w_norm: Tensor, state: StatisticsState) -> Tensor:
-    """Add the tokens of `z` to `state`; return each neuron's largest contribution among them."""
+    """Add `z`, [group, token, neuron], to `state`; return each group's largest contribution of each neuron."""
+    maximum = torch.empty(len(z), z.shape[2], device=z.device)
+    for index, group in enumerate(z):
+        maximum[index] = _group_statistics(group, w_norm, state)
+    return maximum
+
+
+def _group_statistics(z: Tensor, w_norm: Tensor, state: StatisticsState) -> Tensor:
     n_token, n_neuron = z.shape
     base = torch.arange(n_neuron, dtype=torch.int32, device=z.device) * N_BINS
     bins = torch.empty(n_token, n_neuron, dtype=torch.int32, device=z.device)

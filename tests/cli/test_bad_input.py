@@ -158,12 +158,12 @@ def test_value_out_of_range(
 
 
 def test_the_names_cli_knows_are_those_of_the_library() -> None:
-    from neuron_sparsity import cli
+    from neuron_sparsity import options
     from neuron_sparsity.ablation import REPLACEMENTS
     from neuron_sparsity.ranking import RANKINGS
 
-    assert tuple(RANKINGS) == cli.RANKINGS
-    assert REPLACEMENTS == cli.REPLACEMENTS
+    assert tuple(RANKINGS) == options.RANKINGS
+    assert REPLACEMENTS == options.REPLACEMENTS
 
 
 @pytest.mark.parametrize(

