@@ -28,7 +28,7 @@ from neuron_sparsity.kernels.reference import contributions
 from neuron_sparsity.metrics import EXACT_ZERO_THRESHOLD
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
 
-__all__ = ["CettCurves", "CurveRecorder", "measure_curves", "probe_curves"]
+__all__ = ["CettCurves", "CurveRecorder", "ascending", "measure_curves", "probe_curves"]
 
 _PROBE_QUANTILES = torch.cat(
     (torch.logspace(-2, -0.5, 5), torch.linspace(0.4, 0.9, 6), 1 - torch.logspace(-1.3, -3, 5))
@@ -75,6 +75,15 @@ class CettCurves:
             log_cett, log_threshold = self._increasing(layer, float(self.maximum[layer]) * (1 + 1e-6))
             logs.append(np.interp(np.log(max(thresholds[layer], EXACT_ZERO_THRESHOLD)), log_threshold, log_cett))
         return float(np.exp(np.mean(logs))) if logs else 1.0
+
+    def covers(self, cett: float, *, around: float | None = None) -> bool:
+        """Return whether every layer was measured below and above a CETT; with `around`, also that it is close to it.
+
+        Curves are measured densely around one CETT: thresholds up to 15 % from it are good to 0.4 %.
+        """
+        live = self.maximum > 0
+        inside = bool(((self.cett.min(axis=1) <= cett) & (self.cett.max(axis=1) >= cett))[live].all())
+        return inside and (around is None or abs(np.log(cett / around)) < np.log(1.15))
 
     def _threshold_at(self, layer: int, cett: float) -> float:
         maximum = np.float32(self.maximum[layer])
@@ -213,6 +222,11 @@ class _Sums:
             nonzero=torch.zeros((), dtype=torch.int64, device=device),
             maximum=torch.zeros((), device=device),
         )
+
+
+def ascending(rows: Sequence[Sequence[float]]) -> Float[np.ndarray, "layer k"]:
+    """Return rows of one threshold a layer as ascending thresholds of each layer."""
+    return np.sort(np.array(rows, dtype=np.float64).T, axis=1)
 
 
 def probe_curves(

@@ -6,9 +6,9 @@ The metric is that of *Sparsing Law* (arXiv:2411.02335; "PPL-p%" in its first ve
 2. Dense and truncated passes on a quarter of the windows: roughly which CETT costs p percent. The rise of the loss
    goes like CETT to the power of about two, so at most three truncated passes are enough.
 3. One dense pass over all windows: every token's loss, and exact CETT curves around that CETT.
-4. Truncated passes over all windows, all layers at once; `next_cett` proposes each from the ones before. The rise
-   jitters by rounding, so passes go on until their common line tells the root to a part of the tolerance, and the pass
-   nearest to that root is taken: one pass that happens to hit p may lie a percent of CETT away from it.
+4. Truncated passes over all windows, all layers at once. The rise jitters, so passes are made around p until the line
+   through all of them tells the root to a part of the tolerance, and then at that root: one pass that happens to hit p
+   may lie several percent of CETT away from it.
 5. A dense pass measures every layer's CETT at the thresholds found; where one misses by more than 0.4 %, thresholds
    are interpolated anew with that point, and evaluated again.
 
@@ -30,9 +30,9 @@ from torch import Tensor
 from neuron_sparsity import kernels
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.curves import CettCurves, CurveRecorder, measure_curves, probe_curves
+from neuron_sparsity.curves import CettCurves, CurveRecorder, ascending, measure_curves, probe_curves
 from neuron_sparsity.perplexity import Progress, mean_loss, token_losses
-from neuron_sparsity.search import RootEstimate, estimate_root, nearby, next_cett
+from neuron_sparsity.search import RootEstimate, at_root, estimate_root, next_cett, spread
 from neuron_sparsity.store import provenance
 from neuron_sparsity.truncation import (
     TokenActivity,
@@ -53,14 +53,15 @@ __all__ = [
 ]
 
 _CURVE_FACTORS = (0.5, 0.75, 0.9, 1.1, 1.3, 1.8)  # close to 1: on tiny models the CETT is then met to 0.5 %, not 2 %
-_DENSE = math.log(1.15)  # so far from their middle are curves at these factors good to 0.4 %
 _NEARER_FACTORS = (0.96, 1.04)  # measured around a CETT that is inside the curves but not in their middle
 _FURTHER_FACTORS = (0.7, 1.0, 1.3)  # and around one that is outside
 _FIRST_CETT = 0.05  # at p = 1 (0.04 measured on smollm2-135m); from there by the square root of p
-_MAX_EVALUATIONS = 7
+_MAX_EVALUATIONS = 9
+_MAX_SETTLING = 3  # passes at the root, until the rise of one is within the tolerance
 _MIN_CETT = 1e-6
 _JITTER = 0.04  # of the rise at p = 1 and 4,096 tokens, in percentage points (measured: docs/measured.md)
-_ROOT_ERROR = 0.25  # standard error of the root that ends the search, in tolerances
+_ROOT_ERROR = 0.2  # standard error of the root that ends the search, in tolerances
+_AT_ROOT = 0.003  # in log(CETT): a pass that close to the root stands for it
 _CETT_TOLERANCE = 0.004  # of each layer's measured CETT against the common one, relative
 
 
@@ -182,9 +183,9 @@ def cett_ppl_sparsity(
 ) -> SparsityResult:
     """Return CETT-PPL-p%: thresholds, activation ratio and the measured rise of perplexity (arXiv:2411.02335).
 
-    Rounding flips neurons that lie at a threshold, so the rise jitters from one CETT to the next (by about 0.04
-    percentage points at 4,096 tokens). The result is the measured pass nearest to where all passes near p together
-    put it: two searches agree to about 0.001 of activation ratio at 8,192 tokens, not to the last digit.
+    A small step in CETT flips neurons that lie at a threshold, so the rise jitters from one CETT to the next (by about
+    0.04 percentage points at 4,096 tokens). The result is a measured pass where the line through all passes puts p:
+    two searches agree to about 0.001 of activation ratio at 8,192 tokens, not to the last digit.
 
     Args:
         model: TransformerLens model or adapter.
@@ -268,7 +269,7 @@ class _Search:
     def _dense_pass(self, probe: CettCurves, guess: float) -> tuple[Tensor, CettCurves]:
         """Measure every token's dense loss and the CETT curves around `guess`, in one pass."""
         targets = sorted({min(0.95, guess * factor) for factor in _CURVE_FACTORS})
-        thresholds = _ascending([probe.thresholds_at(target) for target in targets])
+        thresholds = ascending([probe.thresholds_at(target) for target in targets])
         recorder = CurveRecorder(self.adapter, thresholds, backend=self.backend)
         losses = self._losses(self.windows, recorder.on_post, "dense pass and CETT curves")
         return losses, recorder.curves()
@@ -277,17 +278,22 @@ class _Search:
         """Evaluate until the passes near p tell its place; measure more of the curves where they end."""
         cett, rebuilt = guess, False
         for _ in range(_MAX_EVALUATIONS):
-            if not rebuilt and cett < 1.0 and not _covered(curves, cett, guess):
-                factors = _NEARER_FACTORS if _covered(curves, cett) else _FURTHER_FACTORS
-                more = _ascending([curves.thresholds_at(min(0.97, cett * factor)) for factor in factors])
+            if not rebuilt and cett < 1.0 and not curves.covers(cett, around=guess):
+                factors = _NEARER_FACTORS if curves.covers(cett) else _FURTHER_FACTORS
+                more = ascending([curves.thresholds_at(min(0.97, cett * factor)) for factor in factors])
                 curves, rebuilt = curves.joined(self._curves(more, "CETT curves, further out")), True
             rise = self._evaluate(dense, curves, cett)
-            if self._found() or (cett >= 1.0 and rise < self.p_percent):
-                break
             root, points = self._root(), self._points()
-            cett = nearby(root, points) if root and root.n_points > 1 else next_cett(points, self.target)
+            if self._known(root) or (cett >= 1.0 and rise < self.p_percent):
+                break
+            cett = spread(root, points) if root and root.n_points > 1 else next_cett(points, self.target)
             if cett < _MIN_CETT:
                 break
+        for _ in range(_MAX_SETTLING):
+            root = self._root()
+            if root is None or (self._near() and abs(math.log(self._best()["cett"] / root.cett)) < _AT_ROOT):
+                break
+            self._evaluate(dense, curves, at_root(root, self._points()))
         if all(e["ppl_increase_percent"] < self.p_percent - self.tolerance and e["cett"] < 1 for e in self.evaluations):
             self._evaluate(dense, curves, 1.0)  # "not reached" is said of CETT 1 only
         return curves
@@ -334,9 +340,9 @@ class _Search:
     def _root(self) -> RootEstimate | None:
         return estimate_root(self._points(), self.target, jitter=self.jitter)
 
-    def _found(self) -> bool:
-        root = self._root()
-        return bool(self._near()) and root is not None and root.error * self.p_percent <= _ROOT_ERROR * self.tolerance
+    def _known(self, root: RootEstimate | None) -> bool:
+        """Whether all passes together tell the place of p well enough."""
+        return root is not None and root.error * self.p_percent <= _ROOT_ERROR * self.tolerance
 
     def _reached(self) -> bool:
         return any(e["ppl_increase_percent"] >= self.p_percent - self.tolerance for e in self.evaluations)
@@ -406,15 +412,3 @@ class _Search:
     def _truncated(self, windows: Windows, thresholds: Sequence[float], label: str) -> tuple[Tensor, Any]:
         self.passes += windows.n_tokens / self.windows.n_tokens
         return truncated_losses(self.adapter, windows, thresholds, backend=self.backend, label=label, **self.options)
-
-
-def _ascending(rows: Sequence[Sequence[float]]) -> Float[np.ndarray, "layer k"]:
-    """Thresholds of several CETTs as [layer, k], ascending in each layer."""
-    return np.sort(np.array(rows, dtype=np.float64).T, axis=1)
-
-
-def _covered(curves: CettCurves, cett: float, centre: float | None = None) -> bool:
-    """Whether every layer's curve was measured below and above a CETT, and densely, which it is around `centre`."""
-    live = curves.maximum > 0
-    inside = bool(((curves.cett.min(axis=1) <= cett) & (curves.cett.max(axis=1) >= cett))[live].all())
-    return inside and (centre is None or abs(math.log(cett / centre)) < _DENSE)
