@@ -249,7 +249,8 @@ class _Recording:
             example_context=context,
             w_norm=torch.stack([norm.cpu() for norm in self.adapter.w_norms]),
             token_strings={token: tokenizer.decode([token]) for token in ids} if tokenizer else {},
-            provenance=provenance() | {"backends": {"neuron_statistics": " + ".join(self.backends)}},
+            provenance=provenance()
+            | {"forward": self.adapter.forward, "backends": {"neuron_statistics": " + ".join(self.backends)}},
             **stacked,
         )
 

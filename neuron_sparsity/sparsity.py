@@ -398,7 +398,8 @@ class _Search:
                 "seconds": seconds,
                 "dense_passes": seconds / max(dense_seconds, 1e-9),
             },
-            provenance=provenance() | {"backends": dict.fromkeys(("tail_error", "threshold_mask"), used)},
+            provenance=provenance()
+            | {"forward": self.adapter.forward, "backends": dict.fromkeys(("tail_error", "threshold_mask"), used)},
         )
 
     def _losses(self, windows: Windows, on_post: Any, label: str) -> Float[Tensor, "window pos"]:

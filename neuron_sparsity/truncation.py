@@ -21,6 +21,7 @@ from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.kernels.reference import contributions
 from neuron_sparsity.perplexity import Progress, token_losses
+from neuron_sparsity.plain import down_projections, output_rows
 
 __all__ = ["TokenActivity", "Truncation", "apply_thresholds", "sparsify", "token_activity", "truncated_losses"]
 
@@ -116,10 +117,10 @@ def apply_thresholds(hf_model: nn.Module, result: Any) -> Iterator[Truncation]:
             in compatibility mode has other output weights than its plain form).
     """
     info = result.model
-    projections = _down_projections(hf_model, info.d_mlp, info.d_model, info.n_layers)
+    projections = down_projections(hf_model, info.d_mlp, info.d_model, info.n_layers)
     norms = []
     for layer, module in zip(result.layers, projections, strict=True):
-        rows = _output_rows(module)
+        rows = output_rows(module)
         norms.append(rows.norm(dim=1))
         other_form = info.weights == "centred" and float(rows.mean(dim=1).abs().max()) > 1e-5 * float(rows.abs().max())
         if other_form or not abs(float(norms[-1].mean()) - layer.w_norm_mean) <= 1e-4 * layer.w_norm_mean:
@@ -253,30 +254,3 @@ def _thresholds(result: Any, n_layers: int) -> list[float]:
     if any(not cut >= 0 for cut in cuts):
         raise ValueError("thresholds must be >= 0 and not NaN")
     return [float(cut) for cut in cuts]
-
-
-def _down_projections(hf_model: nn.Module, d_mlp: int, d_model: int, n_layers: int) -> list[nn.Module]:
-    """Find each layer's down projection: the module whose weight maps d_mlp to d_model, once a layer, in order."""
-    stacks = [m for m in hf_model.modules() if isinstance(m, nn.ModuleList) and len(m) >= n_layers]
-    for stack in stacks:
-        found = [[m for m in layer.modules() if _maps(m, d_mlp, d_model)] for layer in stack]
-        found = [candidates for candidates in found if candidates]
-        if len(found) == n_layers and all(len(candidates) == 1 for candidates in found):
-            return [candidates[0] for candidates in found]
-    raise ValueError(
-        f"no list of {n_layers} layers with one projection {d_mlp} -> {d_model} each in {type(hf_model).__name__}; "
-        "give the plain Hugging Face model that was measured"
-    )
-
-
-def _maps(module: nn.Module, d_in: int, d_out: int) -> bool:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.dim() != 2 or any(True for _ in module.children()):
-        return False
-    transposed = type(module).__name__ == "Conv1D"
-    return tuple(weight.shape) == ((d_in, d_out) if transposed else (d_out, d_in))
-
-
-def _output_rows(module: nn.Module) -> Float[Tensor, "neuron d_model"]:
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment, union-attr, operator]
-    return (weight if type(module).__name__ == "Conv1D" else weight.t()).float()

@@ -24,6 +24,7 @@ ROOMS = [
     "sources",
     "corpus",
     "weights",
+    "plain",
     "adapter",
     "perplexity",
     "statistics",

@@ -184,7 +184,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 STEPS = {
     "sparsity": ("neuron_sparsity.sparsity", "truncated_losses", {"run.json", "windows.safetensors"}),
-    "record": ("neuron_sparsity.recorder", "neuron_statistics", {"sparsity.json", "record.partial.safetensors"}),
+    "record": ("neuron_sparsity.kernels", "neuron_statistics", {"sparsity.json", "record.partial.safetensors"}),
     "ablate": ("neuron_sparsity.ablation", "token_losses", {"sparsity.json", "statistics.safetensors"}),
 }
 

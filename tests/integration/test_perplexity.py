@@ -221,7 +221,7 @@ def test_the_logits_of_a_batch_never_exist(make_bridge: Any, monkeypatch: pytest
 
 def test_a_pass_for_statistics_pays_for_one_position(make_bridge: Any) -> None:
     model = make_bridge("llama")
-    adapter = attach(model)
+    adapter = attach(model, plain=False)
     tokens = make_windows(6, 32).tokens.long()
     assert largest_logits(model, lambda: adapter.final_residual(tokens)) == 6 * 300
 

@@ -124,7 +124,7 @@ def assert_same(a: NeuronStatistics, b: NeuronStatistics) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_bridge_equals_a_cache(tiny_bridge: Any, family: str, compat: bool) -> None:
     model, windows = tiny_bridge(family, compat=compat), make_windows()
-    stats = record(model, windows, thresholds=CUTS, batch_size=3, n_examples=3)
+    stats = record(attach(model, plain=False), windows, thresholds=CUTS, batch_size=3, n_examples=3)
     assert_is_brute_force(stats, model, windows, 3)
     assert stats.model == attach(model).info
     assert stats.threshold_names == ("low", "high")
@@ -144,7 +144,8 @@ def test_half_precision_equals_a_cache(tiny_hf_models: Any, tiny_tokenizer: Any)
     hf_model = tiny_hf_models("opt").to(torch.bfloat16)
     model = bridge.boot_transformers("t", hf_model=hf_model, tokenizer=tiny_tokenizer, dtype=torch.bfloat16)
     windows = make_windows(3)
-    assert_is_brute_force(record(model, windows, thresholds=CUTS, batch_size=2), model, windows, 2)
+    stats = record(attach(model, plain=False), windows, thresholds=CUTS, batch_size=2)
+    assert_is_brute_force(stats, model, windows, 2)
 
 
 def test_examples_are_few_and_never_at_position_0(tiny_bridge: Any) -> None:
