@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 import neuron_sparsity as ns
-from benchmarks.harness import against_dense_pass, load, parser, seconds, spread, write_row
+from benchmarks.harness import against_dense_pass, load, parser, plain_pass, seconds, spread, write_row
 from neuron_sparsity.perplexity import default_batch_size
 
 
@@ -28,6 +28,7 @@ def main() -> None:
     records = [seconds(lambda: ns.record(adapter, windows)) for _ in range(options.repeats)]
     row = {"model": options.model, "corpus": windows.name, "n_tokens": windows.n_tokens, "batch_size": batch}
     row |= {f"record_F_{key}": value for key, value in spread(record).items()}
+    row |= plain_pass(adapter, windows, options.repeats)
     row |= {"record_over_body": spread(records)["median"] / spread(bodies)["median"], "bar_F": 1.15}
     write_row("record", row, save=options.save)
 

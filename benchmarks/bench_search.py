@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import neuron_sparsity as ns
-from benchmarks.harness import against_dense_pass, load, parser, write_row
+from benchmarks.harness import against_dense_pass, load, parser, plain_pass, write_row
 from neuron_sparsity.adapter import MLPAdapter
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.curves import CurveRecorder
@@ -50,6 +50,7 @@ def main() -> None:
         "cett": result.cett,
         "activation_ratio": result.activation_ratio,
     }
+    row |= plain_pass(adapter, windows, 1)
     if given.exhaustive:
         row |= exhaustive(adapter, windows, given.p, result)
     write_row("search_exhaustive" if given.exhaustive else "search", row, save=given.save)

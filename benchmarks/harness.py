@@ -1,7 +1,9 @@
 """What every benchmark shares: the model, the unit F, and rows of results.
 
-F is one dense forward pass with loss of the same model object on the same tokens. A machine that is shared is noisy,
-so work and baseline alternate in one run, and only ratios are kept.
+F is one dense forward pass with loss of the same model object on the same tokens: TransformerLens' own forward, hook
+points and all. Where the package runs the Hugging Face model inside instead, a dense pass costs it less than 1 F;
+`plain_pass_F` says how much. A machine that is shared is noisy, so work and baseline alternate in one run, and only
+ratios are kept.
 """
 
 from __future__ import annotations
@@ -56,15 +58,22 @@ def seconds(work: Callable[[], Any]) -> float:
 
 def against_dense_pass(adapter: MLPAdapter, windows: Windows, work: Callable[[], Any], repeats: int) -> list[float]:
     """Return the cost of `work` in F, once a repeat; a dense pass before and after each gives F."""
-    ns.perplexity(adapter, windows)  # warm up: first touch of weights and buffers
+    wrapped = attach(adapter.model, plain=False)
+    ns.perplexity(wrapped, windows)  # warm up: first touch of weights and buffers
     ratios = []
-    before = seconds(lambda: ns.perplexity(adapter, windows))
+    before = seconds(lambda: ns.perplexity(wrapped, windows))
     for _ in range(repeats):
         taken = seconds(work)
-        after = seconds(lambda: ns.perplexity(adapter, windows))
+        after = seconds(lambda: ns.perplexity(wrapped, windows))
         ratios.append(2 * taken / (before + after))
         before = after
     return ratios
+
+
+def plain_pass(adapter: MLPAdapter, windows: Windows, repeats: int) -> dict[str, float]:
+    """Cost in F of the dense pass that the package itself runs."""
+    ratios = against_dense_pass(adapter, windows, lambda: ns.perplexity(adapter, windows), repeats)
+    return {"plain_pass_F": statistics.median(ratios)}
 
 
 def spread(ratios: list[float]) -> dict[str, float]:
