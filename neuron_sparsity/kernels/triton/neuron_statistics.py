@@ -206,6 +206,7 @@ def neuron_statistics(z: Tensor, w_norm: Tensor, state: StatisticsState) -> Tens
     """Add `z`, [group, token, neuron], to `state`; return each group's largest contribution of each neuron."""
     n_group, n_token, n_neuron = z.shape
     if z.numel() == 0:
+        state.n_tokens += n_group * n_token
         return torch.zeros(n_group, n_neuron, device=z.device)
     n_cuts = len(state.thresholds)
     groups, tokens = share(n_group, n_token, triton.cdiv(n_neuron, LAUNCH["BLOCK"]))

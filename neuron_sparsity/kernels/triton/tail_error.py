@@ -83,12 +83,12 @@ def tail_error(z: Tensor, w_norm: Tensor, w_out: Tensor, thresholds: Tensor) -> 
     """Norm of the tail's output for each threshold and token, active count a threshold, norm of the full output."""
     (n_token, n_neuron), d_model, n_cut = z.shape, w_out.shape[1], len(thresholds)
     below = torch.zeros(n_cut, dtype=torch.int64, device=z.device)
-    if n_token == 0 or d_model == 0:
-        empty = torch.zeros(n_cut, n_token, device=z.device)
-        return empty, below + n_token * n_neuron, torch.zeros(n_token, device=z.device)
-    upcast = z.dtype != w_out.dtype or (INTERPRETED and z.dtype == torch.bfloat16)  # the interpreter has no such dot
+    if n_token == 0:
+        return torch.zeros(n_cut, 0, device=z.device), below, torch.zeros(0, device=z.device)
+    # Float64 is rounded, as in torch; the interpreter has no bfloat16 product.
+    upcast = z.dtype != w_out.dtype or z.dtype == torch.float64 or (INTERPRETED and z.dtype == torch.bfloat16)
     shape = blocks(torch.float32 if upcast else z.dtype)
-    n_tile = triton.cdiv(d_model, shape["BLOCK_MODEL"])
+    n_tile = max(1, triton.cdiv(d_model, shape["BLOCK_MODEL"]))  # the first tile counts, also without an output
     square = torch.empty(n_tile, n_cut + 1, n_token, device=z.device)
     grid = (triton.cdiv(n_token, shape["BLOCK_TOKEN"]) * n_tile * (n_cut + 1),)
     tail_error_kernel[grid](
