@@ -3,6 +3,7 @@
 #   make test        the tests, on two cores
 #   make check       ruff and mypy
 #   make bench       the benchmarks
+#   make kernels     compile every kernel ahead of time for two GPU generations; no GPU is needed
 #   make notebooks   run every notebook from top to bottom
 #   make docs        build the documentation into site/
 #   make ci-tl3      the tests on TransformerLens 3.9.0, in .venv-tl3
@@ -22,7 +23,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help report test check bench notebooks docs ci-tl3 clean
+.PHONY: help report test check bench kernels notebooks docs ci-tl3 clean
 .SECONDARY:
 
 help:
@@ -39,9 +40,15 @@ check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Without a GPU the kernels' torch reference is measured: that is what runs on a CPU.
 bench: $(VENV)/.installed-test
-	@for file in benchmarks/bench_*.py; do \
-		echo "== $$file"; $(VENV)/bin/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
+	@cuda=$$($(VENV)/bin/python -c 'import torch; print(torch.cuda.is_available())'); \
+	for file in benchmarks/bench_*.py; do \
+		args=; [ "$$file:$$cuda" = benchmarks/bench_kernels.py:False ] && args=--cpu; \
+		echo "== $$file $$args"; $(VENV)/bin/python -m "benchmarks.$$(basename "$$file" .py)" $$args || exit 1; done
+
+kernels: $(VENV)/.installed-test
+	$(VENV)/bin/python -m benchmarks.compile_kernels
 
 notebooks: $(VENV)/.installed-notebooks
 	@for file in notebooks/*.ipynb; do echo "== $$file"; $(VENV)/bin/jupyter-execute --timeout=900 "$$file" || exit 1; done

@@ -145,9 +145,10 @@ def neuron_statistics(
     _check_norms(z, w_norm)
     if len(state.contribution_sum) != z.shape[-1]:
         raise ValueError(f"state is for {len(state.contribution_sum)} neurons, z has {z.shape[-1]}")
+    _check_device(z, "state", state.contribution_sum)
     with _on(z):
         maximum: Tensor = _module("neuron_statistics", z, backend).neuron_statistics(
-            z if z.dim() == 3 else z[None], w_norm, state
+            z if z.dim() == 3 else z[None], w_norm.float(), state
         )
     return maximum if z.dim() == 3 else maximum[0]
 
@@ -162,7 +163,8 @@ def tail_error(
 ) -> tuple[Float[Tensor, "threshold token"], Int[Tensor, " threshold"], Float[Tensor, " token"]]:
     """Return the norm of the truncated tail's output for several thresholds at once.
 
-    The tail of a token at threshold `t` is its neurons with `c < t` (arXiv:2411.02335, Eq. 3).
+    The tail of a token at threshold `t` is its neurons with `c < t` (arXiv:2411.02335, Eq. 3). NaN or infinity in a
+    token makes its full norm NaN or infinite, and leaves its tails' norms undefined; other tokens are not touched.
 
     Args:
         z: Post-activations.
@@ -186,6 +188,7 @@ def tail_error(
     _check(z, w_norm)
     if w_out.dim() != 2 or w_out.shape[0] != z.shape[1]:
         raise ValueError(f"w_out must be [{z.shape[1]}, d_model], got {list(w_out.shape)}")
+    _check_device(z, "w_out", w_out)
     if thresholds.dim() != 1:
         raise ValueError(f"thresholds must be [threshold], got {list(thresholds.shape)}")
     with _on(z):
@@ -200,7 +203,7 @@ def threshold_mask(
 ) -> Int[Tensor, " token"]:
     """Set every activation whose contribution is below `threshold` to zero, in place.
 
-    What is kept is not changed by a bit. NaN stays NaN, and is not active.
+    What is kept is not changed by a bit. NaN stays NaN, and is not active; what is cut is a zero of either sign.
 
     Args:
         z: Post-activations; changed.
@@ -223,7 +226,7 @@ def threshold_mask(
     if threshold != threshold:
         raise ValueError("threshold must be a number, got nan")
     with _on(z):
-        active: Tensor = _module("threshold_mask", z, backend).threshold_mask(z, w_norm, threshold)
+        active: Tensor = _module("threshold_mask", z, backend).threshold_mask(z, w_norm.float(), threshold)
     return active
 
 
@@ -258,7 +261,9 @@ def contribution_topk(
     if not 1 <= k <= z.shape[1]:
         raise ValueError(f"k must be between 1 and {z.shape[1]}, got {k}")
     with _on(z):
-        found: tuple[Tensor, Tensor] = _module("contribution_topk", z, backend).contribution_topk(z, w_norm, k, largest)
+        found: tuple[Tensor, Tensor] = _module("contribution_topk", z, backend).contribution_topk(
+            z, w_norm.float(), k, largest
+        )
     return found
 
 
@@ -300,8 +305,12 @@ def _check(z: Tensor, w_norm: Tensor) -> None:
 def _check_norms(z: Tensor, w_norm: Tensor) -> None:
     if w_norm.shape != z.shape[-1:]:
         raise ValueError(f"w_norm must be [{z.shape[-1]}], got {list(w_norm.shape)}")
-    if w_norm.device != z.device:
-        raise ValueError(f"z is on {z.device} and w_norm on {w_norm.device}; move one to the other")
+    _check_device(z, "w_norm", w_norm)
+
+
+def _check_device(z: Tensor, name: str, other: Tensor) -> None:
+    if other.device != z.device:
+        raise ValueError(f"z is on {z.device} and {name} on {other.device}; move one to the other")
 
 
 def _module(op: str, z: Tensor, backend: str) -> ModuleType:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from neuron_sparsity import __version__
 from neuron_sparsity.cli import DEFAULT_MODEL, one_flag_a_text
+from neuron_sparsity.kernels import OPS
 
 FILES = {
     "run.json",
@@ -133,6 +134,25 @@ def test_doctor_names_versions_and_devices(cli: Callable[..., Any]) -> None:
     done = cli("doctor")
     assert done.code == 0
     assert all(word in done.out for word in ("python", "torch", "cpu:", "gpu:", "TransformerBridge", "built-ins:"))
+
+
+def test_doctor_says_which_backend_each_op_runs_on_and_why(cli: Callable[..., Any]) -> None:
+    found = cli("doctor", "--json").json["kernels"]
+    assert set(found) == {"cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+    for op in OPS:
+        assert found["cpu"][op] == {"name": "torch", "reason": "tensors on cpu"}
+    assert found["cpu"]["triton"]["name"] in ("runs", "refused")
+    assert "kernels on cpu: torch (tensors on cpu): neuron_statistics" in cli("doctor").out
+
+
+def test_a_backend_that_cannot_run_is_refused_before_any_work(
+    measure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neuron_sparsity.kernels.backend._interpreted", lambda: False)
+    error = measure("record", "--out", tmp_path / "run", "--device", "cpu", "--backend", "triton").error()
+    assert "backend 'triton' cannot run: it needs CUDA tensors" in error
+    assert "one of auto, torch, triton" in measure("record", "--out", tmp_path / "run", "--backend", "cuda").error()
+    assert not (tmp_path / "run").exists()
 
 
 def test_version(cli: Callable[..., Any]) -> None:

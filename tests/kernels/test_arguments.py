@@ -45,6 +45,7 @@ def topk(z: torch.Tensor, w_norm: torch.Tensor, k: int) -> Callable[[str], objec
             tail(Z[None], W_NORM, W_OUT, torch.ones(1)),
             "z must be [token, neuron], got [1, 2, 3]; flatten batch and pos",
         ),
+        (tail(Z, W_NORM, W_OUT.to("meta"), torch.ones(1)), "z is on cpu and w_out on meta; move one to the other"),
         (tail(Z, W_NORM, torch.ones(4, 3), torch.ones(1)), "w_out must be [3, d_model], got [4, 3]"),
         (tail(Z, W_NORM, W_OUT, torch.tensor(1.0)), "thresholds must be [threshold], got []"),
         (tail(Z, ELSEWHERE, W_OUT, torch.ones(1)), "z is on cpu and w_norm on meta; move one to the other"),
