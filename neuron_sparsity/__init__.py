@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.adapter import attach, load_model
     from neuron_sparsity.corpus import Windows, load_corpus
     from neuron_sparsity.errors import CorpusError, MeasurementError, ModelError, NeuronSparsityError, RunFolderError
+    from neuron_sparsity.laws import LawFit, fit_joint, fit_law, fit_scale, fit_width_depth
     from neuron_sparsity.perplexity import perplexity
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AblationResult",
     "CorpusError",
+    "LawFit",
     "MeasurementError",
     "ModelError",
     "NeuronSparsityError",
@@ -57,6 +59,10 @@ __all__ = [
     "apply_thresholds",
     "attach",
     "cett_ppl_sparsity",
+    "fit_joint",
+    "fit_law",
+    "fit_scale",
+    "fit_width_depth",
     "load_corpus",
     "load_model",
     "perplexity",
@@ -71,6 +77,7 @@ __all__ = [
 _MODULE_OF = {
     "AblationResult": "ablation",
     "CorpusError": "errors",
+    "LawFit": "laws",
     "MeasurementError": "errors",
     "ModelError": "errors",
     "NeuronSparsityError": "errors",
@@ -85,6 +92,10 @@ _MODULE_OF = {
     "apply_thresholds": "sparsity",
     "attach": "adapter",
     "cett_ppl_sparsity": "sparsity",
+    "fit_joint": "laws",
+    "fit_law": "laws",
+    "fit_scale": "laws",
+    "fit_width_depth": "laws",
     "load_corpus": "corpus",
     "load_model": "adapter",
     "perplexity": "perplexity",

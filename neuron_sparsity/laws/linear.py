@@ -1,12 +1,13 @@
 """The linear half of a fit: `y = A_0 + B h` for a whole grid of shapes `h` at once, with bounds.
 
 For one shape the sum of squares is a bowl over (A_0, B). `Bowls` holds a bowl per shape: where its bottom is, how deep
-it is, how it is curved. With `0 <= A_0 <= 1` and `B >= 0` both the best point and the extent of the part below a cut, in
-any direction, are exact: the bottom or the rim where they are allowed, and otherwise one of the three edges.
+it is, how it is curved. With `0 <= A_0 <= 1` and `B >= 0` the best point and the extent of the part below a cut in
+any direction, are exact: the bottom or the rim where that is allowed, and otherwise one of the three edges.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -55,6 +56,7 @@ class Bowls:
         m_aa: Curvature along A_0: half the second derivative, the same for every shape.
         m_ab: Mixed curvature.
         spread: Curvature along B where A_0 follows.
+        bounded: Whether 0 <= A_0 <= 1 and B >= 0 hold; without it both are free.
     """
 
     floor: Array
@@ -63,9 +65,10 @@ class Bowls:
     m_aa: float
     m_ab: Array
     spread: Array
+    bounded: bool = True
 
     @classmethod
-    def of(cls, data: Observations, shapes: Array) -> Bowls:
+    def of(cls, data: Observations, shapes: Array, *, bounded: bool = True) -> Bowls:
         """Return the bowls of shapes [..., point]."""
         one, y, h = data.whiten(np.ones_like(data.y)), data.whiten(data.y), data.whiten(shapes)
         m_aa = float(one @ one)
@@ -75,7 +78,14 @@ class Bowls:
         b = h @ (y - y_mean * one) / spread
         rest = y - y_mean * one - b[..., None] * h
         floor = np.einsum("...i,...i->...", rest, rest)
-        return cls(floor, y_mean - b * h_mean, b, m_aa, h_mean * m_aa, spread)
+        return cls(floor, y_mean - b * h_mean, b, m_aa, h_mean * m_aa, spread, bounded)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Bowls]) -> Bowls:
+        """Return the bowls of several calls as one."""
+        columns = ([getattr(part, name) for part in parts] for name in ("floor", "a", "b", "m_ab", "spread"))
+        floor, a, b, m_ab, spread = (np.concatenate(column) for column in columns)
+        return cls(floor, a, b, parts[0].m_aa, m_ab, spread, parts[0].bounded)
 
     @property
     def m_bb(self) -> Array:
@@ -88,23 +98,23 @@ class Bowls:
         return self.floor + self.spread * along**2 + self.m_aa * (a - self.a + self.m_ab / self.m_aa * along) ** 2
 
     def solve(self) -> tuple[Array, Array, Array]:
-        """Return (sum of squares, A_0, B) at the best point with 0 <= A_0 <= 1 and B >= 0."""
-        inside = (self.a >= 0) & (self.a <= 1) & (self.b >= 0)
+        """Return (sum of squares, A_0, B) at the best allowed point."""
+        inside = self._allowed(self.a, self.b)
         if inside.all():
             return self.floor, self.a, self.b
-        edges = [(np.full_like(self.a, end), np.maximum(self._b_at(end), 0.0)) for end in (0.0, 1.0)]
-        edges.append((np.clip(self._a_at_zero(), 0.0, 1.0), np.zeros_like(self.b)))
+        edges = [(np.full_like(self.a, end), np.maximum(self.b_at(end), 0.0)) for end in (0.0, 1.0)]
+        edges.append((np.clip(self.a_at(0.0), 0.0, 1.0), np.zeros_like(self.b)))
         a, b = (np.stack(parts) for parts in zip(*edges, strict=True))
         best = np.argmin(self.sse(a, b), axis=0)[None]
         a, b = (np.take_along_axis(values, best, axis=0)[0] for values in (a, b))
         a, b = np.where(inside, self.a, a), np.where(inside, self.b, b)
         return np.where(inside, self.floor, self.sse(a, b)), a, b
 
-    def extent(self, cut: float, f_a: float, f_b: Array | float) -> tuple[Array, Array]:
+    def extent(self, cut: float | Array, f_a: float, f_b: Array | float) -> tuple[Array, Array]:
         """Return the lowest and the highest `f_a A_0 + f_b B` whose sum of squares is at most a cut, within the bounds.
 
         Args:
-            cut: The largest sum of squares that still counts.
+            cut: The largest sum of squares that still counts, one number or one per shape.
             f_a: Factor of A_0.
             f_b: Factor of B, one number or one per shape.
 
@@ -113,25 +123,33 @@ class Bowls:
         """
         with np.errstate(invalid="ignore", over="ignore"):
             depth = cut - self.floor
-            slope_a = f_a / self.m_aa  # the inverse curvature times f, without the part that B brings
-            slope_b = (f_b - self.m_ab * slope_a) / self.spread
-            slope_a = slope_a - self.m_ab / self.m_aa * slope_b
+            slope_b = (f_b - self.m_ab * f_a / self.m_aa) / self.spread  # the inverse curvature times f
+            slope_a = (f_a - self.m_ab * slope_b) / self.m_aa
             reach = np.sqrt(depth / np.maximum(f_a * slope_a + f_b * slope_b, 1e-300))
-            ends = []
+            ends: list[Array] = []
             for sign in (-1.0, 1.0):
                 a, b = self.a + sign * reach * slope_a, self.b + sign * reach * slope_b
-                ends.append(np.where((a >= 0) & (a <= 1) & (b >= 0), f_a * a + f_b * b, np.nan))
+                ends.append(np.where(self._allowed(a, b), f_a * a + f_b * b, np.nan))
+            if not self.bounded:
+                return ends[0], ends[1]
             edges = self._edges(depth)
             values = [f_a * a + f_b * b for a, b in edges]
             low = np.where(np.isnan(ends[0]), np.fmin.reduce(values), ends[0])
             high = np.where(np.isnan(ends[1]), np.fmax.reduce(values), ends[1])
         return low, high
 
-    def _b_at(self, a: float) -> Array:
+    def b_at(self, a: float) -> Array:
+        """Return the best B for a given A_0, without bounds."""
         return self.b - self.m_ab / self.m_bb * (a - self.a)
 
-    def _a_at_zero(self) -> Array:
-        return self.a + self.m_ab / self.m_aa * self.b
+    def a_at(self, b: float) -> Array:
+        """Return the best A_0 for a given B, without bounds."""
+        return self.a - self.m_ab / self.m_aa * (b - self.b)
+
+    def _allowed(self, a: Array, b: Array) -> NDArray[np.bool_]:
+        if not self.bounded:
+            return np.ones(a.shape, dtype=bool)
+        return (a >= 0) & (a <= 1) & (b >= 0)
 
     def _edges(self, depth: Array) -> list[tuple[Array, Array]]:
         """Return the ends of the allowed parts of the three edges that are below the cut; NaN where there are none."""
@@ -139,12 +157,12 @@ class Bowls:
         for a in (0.0, 1.0):
             curvature = self.m_aa * self.spread / self.m_bb
             reach = np.sqrt((depth - curvature * (a - self.a) ** 2) / self.m_bb)
-            middle = self._b_at(a)
+            middle = self.b_at(a)
             outside = middle + reach < 0
             for b in (np.maximum(middle - reach, 0.0), middle + reach):
                 ends.append((np.full_like(b, a), np.where(outside, np.nan, b)))
         reach = np.sqrt((depth - self.spread * self.b**2) / self.m_aa)
-        middle = self._a_at_zero()
+        middle = self.a_at(0.0)
         outside = (middle + reach < 0) | (middle - reach > 1)
         for a_end in (np.clip(middle - reach, 0.0, 1.0), np.clip(middle + reach, 0.0, 1.0)):
             ends.append((np.where(outside, np.nan, a_end), np.zeros_like(a_end)))

@@ -23,7 +23,7 @@ _MAX_LOG = 600.0  # exp of it is still a float64
 
 @dataclass(frozen=True)
 class Shape:
-    """The nonlinear parameters: alpha, and the logarithm of K where the law has one. Arrays of one shape, or numbers."""
+    """The nonlinear parameters: alpha, and the logarithm of K (0 where a law has none); arrays of one shape."""
 
     alpha: Array
     log_k: Array
@@ -53,8 +53,9 @@ class ReluLaw:
 
     def values(self, shape: Shape, x: Array) -> Array:
         """Return h at log-tokens x, [..., point]."""
-        grown = np.expm1(shape.alpha[..., None] * (x - self.x_first))
-        return np.exp(-(self._rate(shape)[..., None] * grown))
+        with np.errstate(over="ignore"):
+            grown = np.expm1(shape.alpha[..., None] * (x - self.x_first))
+            return np.exp(-(self._rate(shape)[..., None] * grown))
 
     def coefficients(self, shape: Shape, a: float, b: float) -> dict[str, float]:
         """Return alpha, b, c and A_0 in the paper's units."""
@@ -63,7 +64,7 @@ class ReluLaw:
         c = float(np.exp(self._log_c(shape)))
         return {"alpha": float(shape.alpha), "b": log_b + float(self._rate(shape)), "c": c, "A_0": a}
 
-    def extents(self, shape: Shape, bowls: Bowls, cut: float) -> dict[str, tuple[float, float]]:
+    def extents(self, shape: Shape, bowls: Bowls, cut: float | Array) -> dict[str, tuple[float, float]]:
         """Return the smallest and largest value of each coefficient over all shapes and bowls below a cut."""
         low, high = bowls.extent(cut, 0.0, 1.0)
         known = np.isfinite(high)
@@ -76,6 +77,21 @@ class ReluLaw:
             "c": (float(np.exp(log_c.min())), float(np.exp(log_c.max()))),
             "A_0": _over_all(bowls.extent(cut, 1.0, 0.0)),
         }
+
+    def open_ends(self, ends: frozenset[str]) -> dict[str, list[tuple[int, float]]]:
+        """Return which ends (0 low, 1 high) of the intervals go on to which value, where the search ended inside."""
+        found: dict[str, list[tuple[int, float]]] = {"alpha": [], "b": [], "c": []}
+        if "alpha low" in ends:
+            found["alpha"].append((0, 0.0))
+        if "alpha high" in ends:
+            found["alpha"].append((1, np.inf))
+            found["c"].append((0, 0.0) if self.x_last >= 0 else (1, np.inf))
+        if ends & {"alpha low", "log_k high"}:
+            found["b"].append((1, np.inf))
+            found["c"].append((1, np.inf))
+        if "log_k low" in ends:
+            found["c"].append((0, 0.0))
+        return found
 
     def x_within(self, shape: Shape, b: Array, distance: float) -> Array:
         """Return the log-tokens at which the law is a distance from its limit; -inf where it is always nearer."""
@@ -114,13 +130,13 @@ class SiluLaw:
 
     def values(self, shape: Shape, x: Array) -> Array:
         """Return h at log-tokens x, [..., point]."""
-        return -np.exp(-shape.alpha[..., None] * (x - self.x_first))
+        return -np.exp(np.minimum(-shape.alpha[..., None] * (x - self.x_first), _MAX_LOG / 2))
 
     def coefficients(self, shape: Shape, a: float, b: float) -> dict[str, float]:
         """Return alpha, c and A_0 in the paper's units."""
         return {"alpha": float(shape.alpha), "c": b * float(np.exp(shape.alpha * self.x_first)), "A_0": a}
 
-    def extents(self, shape: Shape, bowls: Bowls, cut: float) -> dict[str, tuple[float, float]]:
+    def extents(self, shape: Shape, bowls: Bowls, cut: float | Array) -> dict[str, tuple[float, float]]:
         """Return the smallest and largest value of each coefficient over all shapes and bowls below a cut."""
         low, high = bowls.extent(cut, 0.0, 1.0)
         known = np.isfinite(high)
@@ -131,9 +147,19 @@ class SiluLaw:
             "A_0": _over_all(bowls.extent(cut, 1.0, 0.0)),
         }
 
+    def open_ends(self, ends: frozenset[str]) -> dict[str, list[tuple[int, float]]]:
+        """Return which ends (0 low, 1 high) of the intervals go on to which value, where the search ended inside."""
+        found: dict[str, list[tuple[int, float]]] = {"alpha": [], "c": []}
+        if "alpha low" in ends:
+            found["alpha"].append((0, 0.0))
+        if "alpha high" in ends:
+            found["alpha"].append((1, np.inf))
+            found["c"].append((1, np.inf) if self.x_first >= 0 else (0, 0.0))
+        return found
+
     def x_within(self, shape: Shape, b: Array, distance: float) -> Array:
         """Return the log-tokens at which the law is a distance from its limit; -inf where it is always nearer."""
-        with np.errstate(divide="ignore"):
+        with np.errstate(divide="ignore", over="ignore"):
             return self.x_first + np.log(b / distance) / shape.alpha
 
 
