@@ -39,6 +39,7 @@ from neuron_sparsity import kernels
 from neuron_sparsity.adapter import attach
 from neuron_sparsity.kernels import Backend, StatisticsState
 from neuron_sparsity.perplexity import default_batch_size
+from neuron_sparsity.terminal import keep_freed_memory
 
 NO_DEVICE = (
     "kernel speed is measured on a CUDA device; none here. `python -m benchmarks.compile_kernels` compiles the kernels "
@@ -321,6 +322,7 @@ def keep(name: str, row: dict[str, Any], save: bool) -> None:
 def on_cpu(options: argparse.Namespace) -> bool:
     """Compare the torch backend on the CPU with the plain expression, in turn; return whether every check passed."""
     good = True
+    keep_freed_memory()  # as the command line does
     print(f"CPU reference: the torch backend on {torch.get_num_threads()} threads, no kernel's speed.")
     print(f"{'op':26} {'tokens x d_mlp':>15} {'dtype':5}  time of the plain expression over the backend's (range)")
     for name, dtype, d_mlp, n_token in product(options):

@@ -25,6 +25,8 @@ BLOCK_TOKEN = 128
 N_BINS = 64
 _BIN_SHIFT = 22
 _BIN_OFFSET = ((127 - 20) << 1) - 1
+_INDEX_BITS = 0xFFFFFFFF
+_NAN_BITS = 0x7FC00000
 
 
 def contributions(z: Tensor, w_norm: Tensor) -> Tensor:
@@ -102,14 +104,24 @@ def threshold_mask(z: Tensor, w_norm: Tensor, threshold: float) -> Tensor:
 
 
 def contribution_topk(z: Tensor, w_norm: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """The k weakest or strongest neurons of each token, in order; ties go to the smaller index."""
+    """The k weakest or strongest neurons of each token, in order; ties go to the smaller index.
+
+    A contribution is never negative, so its bits as an integer have its order: with the index below them in one int64,
+    all keys differ, and the library's partial sort is exact. A stable sort of the row takes five times as long.
+    """
     values = torch.empty(len(z), k, device=z.device)
     indices = torch.empty(len(z), k, dtype=torch.int64, device=z.device)
+    index = torch.arange(z.shape[1], device=z.device)
+    if largest:
+        index = _INDEX_BITS - index
     for start in range(0, len(z), BLOCK_TOKEN):
         c = contributions(z[start : start + BLOCK_TOKEN], w_norm)
-        ordered, order = torch.sort(c, dim=1, descending=largest, stable=True)
-        values[start : start + BLOCK_TOKEN] = ordered[:, :k]
-        indices[start : start + BLOCK_TOKEN] = order[:, :k]
+        bits = c.view(torch.int32).bitwise_and_(0x7FFFFFFF).clamp_max_(_NAN_BITS)  # every NaN is the same
+        keys = bits.to(torch.int64).bitwise_left_shift_(32).bitwise_or_(index)
+        keys = keys.topk(k, dim=1, largest=largest, sorted=True).values
+        values[start : start + BLOCK_TOKEN] = (keys >> 32).to(torch.int32).view(torch.float32)
+        chosen = keys.bitwise_and_(_INDEX_BITS)
+        indices[start : start + BLOCK_TOKEN] = _INDEX_BITS - chosen if largest else chosen
     return values, indices
 
 
