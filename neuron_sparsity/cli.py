@@ -253,6 +253,37 @@ def rank(
 
 @app.command()
 @one_line_errors
+def fit(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="trajectory.json or its run folder, a CSV with columns tokens,activation_ratio, or a JSON object with "
+            "the lists token_passed and activation_ratio."
+        ),
+    ],
+    law: Annotated[str, typer.Option("--law", help="auto, relu or silu.")] = "auto",
+    drop_first: Annotated[int, typer.Option("--drop-first", help="Warm-up points to leave out.")] = 0,
+    noise: Annotated[
+        str, typer.Option("--noise", help="independent, or ar1: neighbouring points err together.")
+    ] = "independent",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the law of activation ratio over training tokens, with intervals and rival laws."""
+    from neuron_sparsity.laws import fit_law, read_points
+    from neuron_sparsity.summary import law_lines
+
+    points = read_points(file)
+    found = fit_law(*points, law=law, drop_first=drop_first, noise=noise)  # type: ignore[arg-type]
+    if as_json:
+        _print_json(found.to_json())
+    elif not quiet:
+        for line in law_lines(found, file.name or str(file)):
+            _say(line)
+
+
+@app.command()
+@one_line_errors
 def doctor(as_json: AsJson = False) -> None:
     """Show versions, devices and what works here."""
     from neuron_sparsity.doctor import examine, lines

@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 from neuron_sparsity.ablation import AblationResult
+from neuron_sparsity.laws import LawFit
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 
-__all__ = ["summary_lines"]
+__all__ = ["law_lines", "summary_lines"]
+
+
+def law_lines(fit: LawFit, source: str) -> list[str]:
+    """Return what a fit of a law found, one statement a line.
+
+    Args:
+        fit: The fit.
+        source: Where the points are from.
+
+    Returns:
+        Lines without markup.
+    """
+    left_out = f", the first {fit.drop_first} left out" if fit.drop_first else ""
+    lines = [f"{fit.law} law, {fit.formula}, D in billions of tokens; {fit.n_points} points of {source}{left_out}"]
+    for name, (low, high) in fit.intervals.items():
+        ends = " and ".join(fit.at_bound.get(name, ()))
+        bound = f"; its {ends} end is a bound" if ends else ""
+        lines.append(
+            f"  {name:5} {getattr(fit, name):.4g}  ({100 * fit.level:g} % interval {low:.4g} to {high:.4g}{bound})"
+        )
+    lines.append(f"  MAE {fit.mae:.3g}, MSE {fit.mse:.3g}, R2 {fit.r2:.5f}; limit for unbounded data {fit.limit:.4g}")
+    lines.append(f"  {fit.choice}")
+    if fit.rivals:
+        lines.append(
+            f"rivals, with their error on the tokens after the first {100 * fit.holdout:.0f} %, fitted to those:"
+        )
+    for score in fit.rivals:
+        heldout = "too few points" if score.heldout_mse is None else f"MSE {score.heldout_mse:.3g}"
+        lines.append(f"  {score.law:12} MSE {score.mse:.3g}  held out {heldout}  {score.formula}")
+    return lines + [f"note: {warning}" for warning in fit.warnings]
 
 
 def summary_lines(
