@@ -383,7 +383,7 @@ def test_any_curve_is_fitted_within_the_bounds(
     law: Any, alpha: float, limit: float, change: float, last: float, size: float, n: int, seed: int
 ) -> None:
     grid = np.linspace(last / n, last, n)
-    shape = np.exp(-3 * (grid / last) ** alpha) if law == "relu" else -((grid / grid[0]) ** -alpha)
+    shape = np.exp(-3 * (grid / last) ** alpha) if law == "relu" else 1 - (grid / grid[0]) ** -alpha
     truth = limit + change * shape
     y = np.clip(noisy(truth, seed, size), 0, 1)
     try:
