@@ -10,9 +10,9 @@ on CUDA). `backend="auto"` chooses by the device; `choose` says what and why; on
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -146,10 +146,8 @@ def neuron_statistics(
     if len(state.contribution_sum) != z.shape[-1]:
         raise ValueError(f"state is for {len(state.contribution_sum)} neurons, z has {z.shape[-1]}")
     _check_device(z, "state", state.contribution_sum)
-    with _on(z):
-        maximum: Tensor = _module("neuron_statistics", z, backend).neuron_statistics(
-            z if z.dim() == 3 else z[None], w_norm.float(), state
-        )
+    groups = z if z.dim() == 3 else z[None]
+    maximum: Tensor = _run("neuron_statistics", backend, groups, w_norm.float(), state)
     return maximum if z.dim() == 3 else maximum[0]
 
 
@@ -191,10 +189,7 @@ def tail_error(
     _check_device(z, "w_out", w_out)
     if thresholds.dim() != 1:
         raise ValueError(f"thresholds must be [threshold], got {list(thresholds.shape)}")
-    with _on(z):
-        found: tuple[Tensor, Tensor, Tensor] = _module("tail_error", z, backend).tail_error(
-            z, w_norm, w_out, thresholds
-        )
+    found: tuple[Tensor, Tensor, Tensor] = _run("tail_error", backend, z, w_norm.float(), w_out, thresholds)
     return found
 
 
@@ -225,8 +220,7 @@ def threshold_mask(
     _check(z, w_norm)
     if threshold != threshold:
         raise ValueError("threshold must be a number, got nan")
-    with _on(z):
-        active: Tensor = _module("threshold_mask", z, backend).threshold_mask(z, w_norm.float(), threshold)
+    active: Tensor = _run("threshold_mask", backend, z, w_norm.float(), threshold)
     return active
 
 
@@ -260,10 +254,7 @@ def contribution_topk(
     _check(z, w_norm)
     if not 1 <= k <= z.shape[1]:
         raise ValueError(f"k must be between 1 and {z.shape[1]}, got {k}")
-    with _on(z):
-        found: tuple[Tensor, Tensor] = _module("contribution_topk", z, backend).contribution_topk(
-            z, w_norm.float(), k, largest
-        )
+    found: tuple[Tensor, Tensor] = _run("contribution_topk", backend, z, w_norm.float(), k, largest)
     return found
 
 
@@ -313,10 +304,8 @@ def _check_device(z: Tensor, name: str, other: Tensor) -> None:
         raise ValueError(f"z is on {z.device} and {name} on {other.device}; move one to the other")
 
 
-def _module(op: str, z: Tensor, backend: str) -> ModuleType:
-    return implementation(op, z.device, backend)
-
-
-def _on(z: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's GPU the current one: kernels start there."""
-    return torch.cuda.device(z.device) if z.device.type == "cuda" else nullcontext()
+def _run(op: str, backend: str, z: Tensor, *arguments: Any) -> Any:
+    """Call an op of the chosen backend, on the tensor's own GPU if it is on one: kernels start on the current one."""
+    run = getattr(implementation(op, z.device, backend), op)
+    with torch.cuda.device(z.device) if z.device.type == "cuda" else nullcontext():
+        return run(z, *arguments)

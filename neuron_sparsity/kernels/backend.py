@@ -6,6 +6,7 @@ name runs or fails: it is never replaced by another.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import sys
@@ -108,7 +109,8 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _version() -> str | None:
+@functools.cache
+def _version() -> str | None:  # every call of an op asks, and the answer is on disk
     try:
         return metadata.version("triton")
     except metadata.PackageNotFoundError:

@@ -107,7 +107,7 @@ def contribution_topk(z: Tensor, w_norm: Tensor, k: int, largest: bool) -> tuple
     """The k weakest or strongest neurons of each token, in order; ties go to the smaller index.
 
     A contribution is never negative, so its bits as an integer have its order: with the index below them in one int64,
-    all keys differ, and the library's partial sort is exact. A stable sort of the row takes five times as long.
+    all keys differ, and the library's partial sort is exact. A stable sort of the row takes four times as long or more.
     """
     values = torch.empty(len(z), k, device=z.device)
     indices = torch.empty(len(z), k, dtype=torch.int64, device=z.device)

@@ -52,9 +52,11 @@ def test_what_was_asked_for_is_what_runs(backend: Backend) -> None:
 
 @on_every_op
 def test_torch_on_the_cpu_and_auto_call_no_kernel(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.importlib, "import_module", lambda name: pytest.fail(f"{name} was imported"))
+    imported: list[str] = []
+    monkeypatch.setattr(backends.importlib, "import_module", imported.append)
     CALLS[op]("torch")
     CALLS[op]("auto")
+    assert imported == []
 
 
 @on_every_op
@@ -77,6 +79,18 @@ def test_triton_on_the_cpu_says_that_it_needs_cuda(op: str, monkeypatch: pytest.
         "backend 'triton' cannot run: it needs CUDA tensors and these are on cpu "
         "(TRITON_INTERPRET=1 runs them on the CPU, to test); use backend='auto' or 'torch'"
     )
+
+
+def test_the_version_of_triton_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of an op asks for it, and it is read from disk."""
+    backends._version.cache_clear()
+    asked: list[str] = []
+    monkeypatch.setattr(backends.metadata, "version", lambda name: asked.append(name) or "3.9.0")
+    monkeypatch.setattr(backends, "_interpreted", lambda: True)
+    for _ in range(3):
+        choose("cpu", "triton")
+    backends._version.cache_clear()
+    assert asked == ["triton"]
 
 
 @on_every_op
