@@ -1,8 +1,8 @@
 """The plain Hugging Face model inside a wrapped one, and what runs below its hooks.
 
 A TransformerBridge keeps the Hugging Face modules it wraps. `unwrapped` puts them together again: shallow copies that
-share every weight and buffer, so that a pass without hook points, and with fused attention, costs a fifth less. It is
-used only where `adapter` has proved, on one batch, that it gives the same numbers.
+share every weight and buffer. A pass without hook points, and with fused attention, costs less (docs/measured.md has
+by how much). It is used only where `adapter` has proved, on one batch, that it gives the same numbers.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class PlainBody:
                 for index, module in enumerate(self.projections):
 
                     def before(module: nn.Module, args: tuple[Tensor, ...], index: int = index) -> Any:
-                        changed = on_post(index, args[0].view(*tokens.shape, -1))  # OPT's MLP flattens batch and pos
-                        return None if changed is None else (changed.view_as(args[0]), *args[1:])
+                        changed = on_post(index, args[0].reshape(*tokens.shape, -1))  # OPT's MLP flattens batch, pos
+                        return None if changed is None else (changed.reshape(args[0].shape), *args[1:])
 
                     stack.callback(module.register_forward_pre_hook(before).remove)
             residual: Tensor = self.base(input_ids=tokens, use_cache=False).last_hidden_state

@@ -135,6 +135,15 @@ def test_a_forward_of_its_own_is_refused(tiny_bridge: Any) -> None:
     assert "forward of its own" in attach(model).forward
 
 
+def test_an_adapter_is_asked_for_the_bridge_too(tiny_bridge: Any) -> None:
+    adapter = attach(tiny_bridge("llama"))
+    assert adapter.plain is not None
+    wrapped = attach(adapter, plain=False)
+    assert (wrapped.plain, wrapped.forward, wrapped.info) == (None, "TransformerBridge", adapter.info)
+    assert attach(adapter) is adapter
+    assert attach(wrapped, plain=False) is wrapped
+
+
 def test_results_say_what_ran(tiny_bridge: Any) -> None:
     model = tiny_bridge("llama")
     windows = make_windows()
