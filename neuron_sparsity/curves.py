@@ -158,7 +158,8 @@ class CurveRecorder:
         self.thresholds = thresholds.astype(np.float32)
         self.n_tokens = 0
         devices = [norm.device for norm in adapter.w_norms]
-        self.backends = {kernels.choose(device, backend).name for device in devices}
+        for device in devices:
+            kernels.choose(device, backend)  # refuse a backend that cannot run before anything runs
         # One sum a layer, where the layer is: nothing waits for a GPU before the pass is over.
         self._sums = [_Sums.zeros(n_cuts, device) for device in devices]
 
@@ -168,7 +169,8 @@ class CurveRecorder:
         w_norm, sums = self.adapter.w_norms[layer], self._sums[layer]
         cuts = torch.from_numpy(self.thresholds[layer])
         error, active, full = kernels.tail_error(flat, w_norm, self.adapter.w_out(layer), cuts, backend=self.backend)
-        sums.error += torch.where(full == 0, 0.0, error / full).double().sum(dim=1)  # NaN stays, and shows in `curves`
+        sums.output += full.double().sum()  # NaN and infinity stay, and show in `curves`
+        sums.error += torch.where(full == 0, 0.0, error / full).double().sum(dim=1)
         sums.active += active
         sums.heard += (full != 0).sum()
         sums.nonzero += flat.count_nonzero()
@@ -185,7 +187,7 @@ class CurveRecorder:
         total = {
             name: torch.stack([getattr(sums, name).cpu() for sums in self._sums]) for name in _Sums.__annotations__
         }
-        broken = (~torch.isfinite(total["error"]).all(dim=1)).nonzero()
+        broken = (~torch.isfinite(total["output"])).nonzero()
         if len(broken):
             raise MeasurementError(
                 f"layer {self.adapter.info.layers[int(broken[0])]}: post-activations are NaN or infinite; check the "
@@ -207,6 +209,7 @@ class CurveRecorder:
 class _Sums:
     """What one layer has shown so far."""
 
+    output: Tensor
     error: Tensor
     active: Tensor
     heard: Tensor
@@ -216,6 +219,7 @@ class _Sums:
     @classmethod
     def zeros(cls, n_cuts: int, device: torch.device) -> _Sums:
         return cls(
+            output=torch.zeros((), dtype=torch.float64, device=device),
             error=torch.zeros(n_cuts, dtype=torch.float64, device=device),
             active=torch.zeros(n_cuts, dtype=torch.int64, device=device),
             heard=torch.zeros((), dtype=torch.int64, device=device),
