@@ -184,6 +184,8 @@ class _Recording:
             "corpus": self.windows.sha256,
             "threshold_names": list(self.names),
             "n_examples": self.example_value[0].shape[1],
+            "forward": self.adapter.forward,  # these two: a resumed recording ends with the same bits
+            "backends": self.backends,
         }
 
     def write(self, path: Path, batch_size: int) -> None:

@@ -22,7 +22,7 @@ from neuron_sparsity import adapter as adapter_module
 from neuron_sparsity.adapter import attach, load_model
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, ModelError, RunFolderError
-from neuron_sparsity.kernels import histogram_edges
+from neuron_sparsity.kernels import BackendChoice, histogram_edges
 from neuron_sparsity.recorder import PARTIAL, record
 from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
 from neuron_sparsity.store import read_tensors, write_tensors
@@ -430,6 +430,13 @@ def test_a_resume_that_would_mix_two_recordings(tiny_bridge: Any, interrupted: P
     adapter.info = replace(adapter.info, dtype="bfloat16")
     with pytest.raises(RunFolderError, match=other):
         record(adapter, windows, thresholds=CUTS, folder=interrupted)
+    if attach(model).plain is not None:
+        with pytest.raises(RunFolderError, match=other):
+            record(attach(model, plain=False), windows, thresholds=CUTS, folder=interrupted)
+    with monkeypatch.context() as patch:
+        patch.setattr("neuron_sparsity.kernels.choose", lambda *_: BackendChoice("triton", "pretended"))
+        with pytest.raises(RunFolderError, match=other):
+            record(model, windows, thresholds=CUTS, folder=interrupted)
     assert path.read_bytes() == before, "a refusal changes nothing"
     record(model, windows, thresholds=CUTS, folder=interrupted, batch_size=3)
 
