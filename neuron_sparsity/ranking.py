@@ -174,11 +174,7 @@ def rank(
     scope: Literal["model", "layer"] = "model",
     seed: int = 0,
     per_token: bool = False,
-    k: int = 8,
-    largest: bool = False,
-    window: int = 0,
-    n_tokens: int = 128,
-    backend: kernels.Backend = "auto",
+    **passage: Any,
 ) -> Ranking | TokenRanking:
     """Return the neurons of a model ranked by a score, weakest first; or, `per_token`, those of each token.
 
@@ -189,23 +185,27 @@ def rank(
         scope: Over the whole model, or within each layer.
         seed: For `"random"`.
         per_token: Rank by the contribution on each token of a passage, within each layer.
-        k: With `per_token`: how many neurons a layer and token.
-        largest: With `per_token`: the strongest instead of the weakest.
-        window: With `per_token`: which window the passage begins.
-        n_tokens: With `per_token`: how many tokens of it.
-        backend: With `per_token`: of the kernel, `"auto"`, `"torch"` or `"triton"`.
+        **passage: With `per_token` only. `k`: how many neurons a layer and token (8); `largest`: the strongest instead
+            of the weakest; `window`: which window the passage begins (0); `n_tokens`: how many tokens of it (128);
+            `backend`: of the kernel, `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         Ranking, which `weakest(k)` and `strongest(k)` read; or TokenRanking.
 
     Raises:
+        TypeError: If an argument of a passage comes without `per_token`.
         ValueError: If the name or the scope is unknown, a score is NaN, the statistics lack what it needs, `windows`
-            is missing or given in vain, there is no such window, or k is out of range.
+            is missing or given in vain, there is no such window, k is out of range, or tokens are to be ranked by
+            anything but the contribution within a layer.
     """
     if per_token:
         if windows is None:
             raise ValueError("per_token=True ranks a model on a passage: rank(model, windows, per_token=True)")
-        return _rank_tokens(stats, windows, k=k, largest=largest, window=window, n_tokens=n_tokens, backend=backend)
+        if (by, scope, seed) != ("contribution", "model", 0):
+            raise ValueError("per_token=True ranks by contribution within each layer; leave out by, scope and seed")
+        return _rank_tokens(stats, windows, **passage)
+    if passage:
+        raise TypeError(f"rank(stats) takes no {', '.join(passage)}; rank(model, windows, per_token=True) does")
     if windows is not None or not isinstance(stats, NeuronStatistics):
         raise ValueError(
             "rank(stats) takes what record(model, windows) returned; per_token=True takes model and windows"
@@ -221,7 +221,14 @@ def rank(
 
 
 def _rank_tokens(
-    model: Any, windows: Windows, *, k: int, largest: bool, window: int, n_tokens: int, backend: kernels.Backend
+    model: Any,
+    windows: Windows,
+    *,
+    k: int = 8,
+    largest: bool = False,
+    window: int = 0,
+    n_tokens: int = 128,
+    backend: kernels.Backend = "auto",
 ) -> TokenRanking:
     if not 0 <= window < windows.n_windows:
         raise ValueError(f"window must be between 0 and {windows.n_windows - 1}, got {window}")

@@ -56,6 +56,17 @@ def test_wrong_arguments(tiny_bridge: Any, options: dict[str, Any], message: str
         rank(tiny_bridge("llama"), make_windows(), per_token=True, **options)
 
 
+def test_no_argument_is_ignored(tiny_bridge: Any) -> None:
+    model, windows = tiny_bridge("llama"), make_windows()
+    for option in ({"by": "maximum"}, {"scope": "layer"}, {"seed": 1}):
+        with pytest.raises(ValueError, match="ranks by contribution within each layer; leave out by, scope and seed"):
+            rank(model, windows, per_token=True, **option)
+    with pytest.raises(TypeError, match=r"rank\(stats\) takes no k, largest"):
+        rank(record(model, windows), k=5, largest=True)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="how_many"):
+        rank(model, windows, per_token=True, how_many=5)  # type: ignore[call-overload]
+
+
 def test_statistics_and_passages_are_not_mixed_up(tiny_bridge: Any) -> None:
     model, windows = tiny_bridge("llama"), make_windows()
     with pytest.raises(ValueError, match="per_token=True ranks a model on a passage"):
