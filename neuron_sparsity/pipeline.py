@@ -168,7 +168,7 @@ class Run:
             same = (data.get("thresholds"), found.corpus.get("sha256"), found.corpus.get("window_index"))
             if same == (result.thresholds, self.calibration.sha256, middle):
                 return found
-        activity = token_activity(self.adapter, self.calibration, result, window=middle)
+        activity = token_activity(self.adapter, self.calibration, result, window=middle, backend=self.backend)
         write_json(path, activity.to_json() | thresholds)
         return activity
 

@@ -207,7 +207,15 @@ class TokenActivity:
         )
 
 
-def token_activity(model: Any, windows: Windows, result: Any, *, window: int = 0, n_tokens: int = 128) -> TokenActivity:
+def token_activity(
+    model: Any,
+    windows: Windows,
+    result: Any,
+    *,
+    window: int = 0,
+    n_tokens: int = 128,
+    backend: kernels.Backend = "auto",
+) -> TokenActivity:
     """Return each layer's activation ratio on every token of one window's beginning (the paper's token-wise view).
 
     Args:
@@ -216,12 +224,13 @@ def token_activity(model: Any, windows: Windows, result: Any, *, window: int = 0
         result: SparsityResult, or one threshold a layer.
         window: Which window.
         n_tokens: How many of its tokens, from its start.
+        backend: Of the kernel: `"auto"`, `"torch"` or `"triton"`.
 
     Returns:
         Ratios [layer, pos] on the dense run.
 
     Raises:
-        ValueError: If there is no such window.
+        ValueError: If there is no such window, or the backend cannot run.
     """
     if not 0 <= window < windows.n_windows:
         raise ValueError(f"window must be between 0 and {windows.n_windows - 1}, got {window}")
@@ -231,7 +240,7 @@ def token_activity(model: Any, windows: Windows, result: Any, *, window: int = 0
     ratio = torch.zeros(adapter.info.n_layers, len(tokens))
 
     def on_post(layer: int, z: Tensor) -> None:
-        active = kernels.threshold_mask(z[0].clone(), adapter.w_norms[layer], cuts[layer])
+        active = kernels.threshold_mask(z[0].clone(), adapter.w_norms[layer], cuts[layer], backend=backend)
         ratio[layer] = active.cpu() / adapter.info.d_mlp
 
     with torch.no_grad():
