@@ -19,13 +19,12 @@ from scipy.stats import f as f_distribution
 from scipy.stats import t as t_distribution
 
 from neuron_sparsity.laws.checks import check_level, check_ratios, check_weights, column
-from neuron_sparsity.laws.linear import Array, Bowls, Observations
-from neuron_sparsity.laws.result import Estimate, Prediction, bound_ends, finite
+from neuron_sparsity.laws.linear import NOISE_FLOOR, Array, Bowls, Observations
+from neuron_sparsity.laws.result import Estimate, Prediction, bound_ends, containing, finite
 
 __all__ = ["ScaleFit", "WidthDepthFit", "fit_scale", "fit_width_depth"]
 
 _N_PLACES = 2001
-_NOISE_FLOOR = 1e-8  # ratios arrive as float32
 
 
 @dataclass(frozen=True)
@@ -171,10 +170,7 @@ def fit_width_depth(
     own = _bowls(data, np.array([best]))
     slope, intercept = float(own.b[0]), float(own.a[0])
     estimates = {"intercept": intercept, "slope": slope, "bottleneck": best, "plateau": intercept + slope * best}
-    intervals = {
-        name: (min(low, estimates[name]), max(high, estimates[name]))
-        for name, (low, high) in _width_depth_intervals(*region).items()
-    }
+    intervals = containing(estimates, _width_depth_intervals(*region))
     residuals = y - intercept - slope * np.minimum(x, best)
     mse, mse_line = float(own.floor[0]) / len(x), float(_bowls(data, different[-1:]).floor[0]) / len(x)
     variance = float(np.average((y - np.average(y, weights=w)) ** 2, weights=w))
@@ -238,7 +234,7 @@ def fit_scale(
     slope, mean = float(w @ ((x - middle) * y)) / spread, float(np.average(y, weights=w))
     residuals = y - mean - slope * (x - middle)
     freedom = len(x) - 2
-    deviation = math.sqrt(max(float(w @ residuals**2) / freedom, _NOISE_FLOOR**2))
+    deviation = math.sqrt(max(float(w @ residuals**2) / freedom, NOISE_FLOOR**2))
     reach = float(t_distribution.ppf((1 + level) / 2, freedom)) * deviation
     slope_reach, mean_reach = reach / math.sqrt(spread), reach / math.sqrt(len(x))
     p_value = 2 * float(t_distribution.sf(abs(slope) * math.sqrt(spread) / deviation, freedom))
@@ -274,7 +270,7 @@ def _profile_bottleneck(
     best = _refine(data, places)
     sse = float(_bowls(data, np.array([best])).floor[0])
     freedom = len(data.x) - 3
-    cut = sse + float(f_distribution.ppf(level, 1, freedom)) * max(sse / freedom, _NOISE_FLOOR**2)
+    cut = sse + float(f_distribution.ppf(level, 1, freedom)) * max(sse / freedom, NOISE_FLOOR**2)
     inside = np.flatnonzero(_bowls(data, places).floor <= cut)
     low = min(places[max(inside[0] - 1, 0)], best) if len(inside) else best
     high = max(places[min(inside[-1] + 1, len(places) - 1)], best) if len(inside) else best

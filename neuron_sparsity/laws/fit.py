@@ -11,10 +11,10 @@ import numpy as np
 
 from neuron_sparsity.laws.cautions import cautions
 from neuron_sparsity.laws.checks import check_level, check_ratios, check_weights, column
-from neuron_sparsity.laws.linear import Array, Observations
+from neuron_sparsity.laws.linear import NOISE_FLOOR, Array, Observations
 from neuron_sparsity.laws.noise import durbin_watson, estimate_correlation
 from neuron_sparsity.laws.profile import Profile, find_optimum
-from neuron_sparsity.laws.result import BILLION, LawFit, bound_ends
+from neuron_sparsity.laws.result import BILLION, BOUNDS, LawFit, bound_ends, containing
 from neuron_sparsity.laws.rivals import LawScore, aicc, score_laws
 from neuron_sparsity.laws.shapes import LAWS
 
@@ -22,9 +22,6 @@ __all__ = ["LawName", "Noise", "fit_law", "observations"]
 
 LawName = Literal["auto", "relu", "silu"]
 Noise = Literal["independent", "ar1"]
-
-_NO_CHANGE = 1e-8  # ratios arrive as float32
-_BOUNDS = {"alpha": (0.0, math.inf), "c": (0.0, math.inf), "A_0": (0.0, 1.0)}
 
 
 def fit_law(
@@ -143,7 +140,7 @@ def _profile(name: str, data: Observations) -> Profile:
 
 def _choose(law: str, profiles: dict[str, Profile], scores: tuple[LawScore, ...]) -> tuple[str, str]:
     """Return the law's name and why; refuse a law whose best curve is flat."""
-    able = [name for name, profile in profiles.items() if _change(profile) > _NO_CHANGE]
+    able = [name for name, profile in profiles.items() if _change(profile) > NOISE_FLOOR]
     if not able and law == "auto":
         raise ValueError(
             "the ratio neither falls like the relu law nor rises like the silu law; measure more checkpoints"
@@ -182,10 +179,7 @@ def _result(profile: Profile, evidence: float, **settings: Any) -> LawFit:
     mse = float(np.average(residuals**2, weights=data.weight))
     variance = float(np.average((data.y - np.average(data.y, weights=data.weight)) ** 2, weights=data.weight))
     coefficients = law.coefficients(best.shape, best.a, best.b)
-    intervals = {
-        name: (min(low, coefficients[name]), max(high, coefficients[name]))
-        for name, (low, high) in profile.region(settings["level"]).intervals(law).items()
-    }
+    intervals = containing(coefficients, profile.region(settings["level"]).intervals(law))
     fit = LawFit(
         law=law.name,
         alpha=coefficients["alpha"],
@@ -193,7 +187,7 @@ def _result(profile: Profile, evidence: float, **settings: Any) -> LawFit:
         c=coefficients["c"],
         A_0=coefficients["A_0"],
         intervals=intervals,
-        at_bound=bound_ends(intervals, _BOUNDS),
+        at_bound=bound_ends(intervals, BOUNDS),
         durbin_watson=durbin_watson(residuals * np.sqrt(data.weight)),
         mae=float(np.average(np.abs(residuals), weights=data.weight)),
         mse=mse,

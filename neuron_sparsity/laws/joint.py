@@ -17,7 +17,7 @@ from scipy.stats import f as f_distribution
 
 from neuron_sparsity.laws.checks import check_level
 from neuron_sparsity.laws.fit import observations
-from neuron_sparsity.laws.linear import Array, Observations
+from neuron_sparsity.laws.linear import NOISE_FLOOR, Array, Observations
 from neuron_sparsity.laws.profile import (
     Law,
     Optimum,
@@ -29,13 +29,10 @@ from neuron_sparsity.laws.profile import (
     fill_region,
     find_optimum,
 )
-from neuron_sparsity.laws.result import Prediction, band, bound_ends, finite, limit_is_told
+from neuron_sparsity.laws.result import BOUNDS, Prediction, band, bound_ends, containing, finite, limit_is_told
 from neuron_sparsity.laws.shapes import LAWS, Shape
 
 __all__ = ["JointCurve", "JointFit", "fit_joint"]
-
-_BOUNDS = {"alpha": (0.0, np.inf), "c": (0.0, np.inf), "A_0": (0.0, 1.0)}
-_NOISE_FLOOR = 1e-8  # ratios arrive as float32
 
 
 @dataclass(frozen=True)
@@ -204,7 +201,7 @@ def fit_joint(
         alpha=alpha,
         alpha_interval=interval,
         level=level,
-        at_bound=bound_ends({"alpha": interval}, _BOUNDS).get("alpha", ()),
+        at_bound=bound_ends({"alpha": interval}, BOUNDS).get("alpha", ()),
         curves=fitted,
         p_value=p_value,
         n_points=n_points,
@@ -233,7 +230,7 @@ def _alone(name: str, points: tuple[Sequence[float] | Array, Sequence[float] | A
         raise ValueError(
             f"curve {name!r}: the {law} law can only {kind.direction}, and this curve does not; leave it out"
         )
-    variance = max(best.sse / (len(data.y) - n_coefficients), _NOISE_FLOOR**2)
+    variance = max(best.sse / (len(data.y) - n_coefficients), NOISE_FLOOR**2)
     return _Curve(kind, data, best.sse, variance)
 
 
@@ -256,14 +253,14 @@ def _own_part(part: _Curve, alpha: float, rows: Array, cuts: Array, ends: frozen
     region = fill_region(law, data, rows, best_log_k(law, data, rows)[0], cuts, ends)
     found = region.intervals(law)
     values = law.coefficients(best.shape, a, b)
-    intervals = {name: (min(low, values[name]), max(high, values[name])) for name, (low, high) in found.items()}
+    intervals = containing(values, found)
     del intervals["alpha"]
     return JointCurve(
         b=values.get("b"),
         c=values["c"],
         A_0=values["A_0"],
         intervals=intervals,
-        at_bound=bound_ends(intervals, _BOUNDS),
+        at_bound=bound_ends(intervals, BOUNDS),
         mse=sse / len(data.y),
         mse_alone=part.sse_alone / len(data.y),
         n_points=len(data.y),

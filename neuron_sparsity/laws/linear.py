@@ -14,9 +14,12 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "Bowls", "Observations"]
+__all__ = ["NOISE_FLOOR", "Array", "Bowls", "Observations"]
 
 Array: TypeAlias = NDArray[np.float64]
+
+NOISE_FLOOR = 1e-8
+"""Ratios arrive as float32: nothing smaller is noise or signal."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ __all__ = ["Points", "read_points"]
 
 _SCHEMA = 1
 _EXPECTED = (
-    "trajectory.json of `track`, a CSV with the columns tokens,activation_ratio, or a JSON object with the lists "
+    "trajectory.json, a CSV with the columns tokens,activation_ratio, or a JSON object with the lists "
     '"token_passed" and "activation_ratio"'
 )
 
@@ -72,7 +72,7 @@ def read_points(path: str | Path) -> Points:
     if len(tokens) != len(ratios):
         raise RunFolderError(f"{path} has {len(tokens)} token counts and {len(ratios)} ratios; give one ratio a count")
     if not tokens:
-        raise RunFolderError(f"{path} holds no points; measure some checkpoints with `neuron-sparsity track`")
+        raise RunFolderError(f"{path} holds no points; pass {_EXPECTED}")
     return Points(_numbers(path, "tokens", tokens), _numbers(path, "activation_ratio", ratios))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.stats import f as f_distribution
 
-from neuron_sparsity.laws.linear import Array, Bowls, Observations
+from neuron_sparsity.laws.linear import NOISE_FLOOR, Array, Bowls, Observations
 from neuron_sparsity.laws.shapes import ALPHA_MIN, ReluLaw, Shape, SiluLaw
 
 __all__ = [
@@ -37,7 +37,6 @@ Law: TypeAlias = ReluLaw | SiluLaw
 _GOLDEN = (np.sqrt(5) - 1) / 2
 _N_STARTS = 4
 _N_ROWS, _N_COLUMNS = 65, 33  # of a region: enough for three digits of its extent
-_NOISE_FLOOR = 1e-8  # ratios arrive as float32: nothing smaller is noise or signal
 _MAX_ELEMENTS = 4_000_000  # of a [shape, point] array: 32 MB
 
 
@@ -107,7 +106,7 @@ class Profile:
     def cut(self, level: float) -> float:
         """Return the largest sum of squares inside, by an F test of one parameter with the noise unknown."""
         freedom = len(self.data.y) - len(self.law.names)
-        variance = max(self.best.sse / freedom, _NOISE_FLOOR**2)
+        variance = max(self.best.sse / freedom, NOISE_FLOOR**2)
         return self.best.sse + float(f_distribution.ppf(level, 1, freedom)) * variance
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,9 +14,21 @@ from neuron_sparsity.laws.linear import Array
 from neuron_sparsity.laws.profile import Law, Optimum, Profile, Region
 from neuron_sparsity.laws.rivals import LawScore
 
-__all__ = ["BILLION", "Estimate", "LawFit", "Prediction", "band", "bound_ends", "finite", "limit_is_told"]
+__all__ = [
+    "BILLION",
+    "BOUNDS",
+    "Estimate",
+    "LawFit",
+    "Prediction",
+    "band",
+    "bound_ends",
+    "containing",
+    "finite",
+    "limit_is_told",
+]
 
 BILLION = 1e9
+BOUNDS = {"alpha": (0.0, math.inf), "c": (0.0, math.inf), "A_0": (0.0, 1.0)}
 
 
 class Prediction(NamedTuple):
@@ -227,6 +239,18 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def containing(
+    estimates: Mapping[str, float], intervals: Mapping[str, tuple[float, float]]
+) -> dict[str, tuple[float, float]]:
+    """Return intervals that reach to the estimates: a region's rows may just miss its own middle.
+
+    Example:
+        >>> containing({"c": 0.3}, {"c": (0.1, 0.2)})
+        {'c': (0.1, 0.3)}
+    """
+    return {name: (min(low, estimates[name]), max(high, estimates[name])) for name, (low, high) in intervals.items()}
 
 
 def bound_ends(

@@ -52,9 +52,9 @@ def test_order_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"has the columns \(none\); pass trajectory.json of `track`, a CSV with the columns tokens,activation"),
+        ("", r"has the columns \(none\); pass trajectory.json, a CSV with the columns tokens,activation"),
         ("a,b\n1,2\n", "has the columns a, b; pass"),
-        ("tokens,activation_ratio\n", "holds no points; measure some checkpoints with `neuron-sparsity track`"),
+        ("tokens,activation_ratio\n", "holds no points; pass trajectory.json, a CSV"),
         (
             "tokens,activation_ratio\n1e9,0.1\n2e9,\n",
             "point 1 has nothing for activation_ratio; give a number or remove",
@@ -87,7 +87,7 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line(text: str, message: str,
 
 
 def test_a_missing_and_a_binary_file(tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"curve.csv does not exist; pass trajectory.json of `track`"):
+    with pytest.raises(RunFolderError, match=r"curve.csv does not exist; pass trajectory.json"):
         read_points(tmp_path / "curve.csv")
     with pytest.raises(RunFolderError, match=r"trajectory.json does not exist"):
         read_points(tmp_path)
