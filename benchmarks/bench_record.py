@@ -1,7 +1,8 @@
 """Cost of `record` in F: one dense forward pass with loss on the same tokens. Bar: 1.15 on the CPU.
 
 A recording needs no unembedding, which a dense pass with loss pays for; both numbers are given: against the dense
-pass with loss (F), and against the same forward pass without the unembedding and without statistics.
+pass with loss (F), and against the same forward pass without the unembedding and without statistics. Last, the same
+recording on TransformerLens' own forward, without the plain model inside.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch
 
 import neuron_sparsity as ns
 from benchmarks.harness import against_dense_pass, load, parser, plain_pass, seconds, spread, write_row
+from neuron_sparsity.adapter import attach
 from neuron_sparsity.perplexity import default_batch_size
 
 
@@ -29,6 +31,9 @@ def main() -> None:
     row = {"model": options.model, "corpus": windows.name, "n_tokens": windows.n_tokens, "batch_size": batch}
     row |= {f"record_F_{key}": value for key, value in spread(record).items()}
     row |= plain_pass(adapter, windows, options.repeats)
+    wrapped = attach(adapter.model, plain=False)
+    on_bridge = against_dense_pass(adapter, windows, lambda: ns.record(wrapped, windows), options.repeats)
+    row |= {"record_on_bridge_F": spread(on_bridge)["median"]}
     row |= {"record_over_body": spread(records)["median"] / spread(bodies)["median"], "bar_F": 1.15}
     write_row("record", row, save=options.save)
 

@@ -6,11 +6,15 @@ then eight passes evenly spaced over the 8 % around where it ended. The rise jit
 tokens), so bisection alone ends anywhere within a percent or two of CETT; the exhaustive answer is read off a straight
 line of log(rise) over log(CETT) through its passes near p, and has a standard error. Its answer and the tool's are
 printed side by side, with the CETT of the tool's thresholds recomputed in float64 by code of its own.
+
+With `--jitter`, how the rise scatters around the tool's answer, in percent of it: of six passes within 0.1 % of CETT of
+each other, and of twelve passes a percent apart around their line; and how far the close ones lie off that line.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,6 +32,7 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--p", type=float, default=1.0)
     options.add_argument("--exhaustive", action="store_true")
+    options.add_argument("--jitter", action="store_true")
     given = options.parse_args()
     adapter, windows = load(given)
     results: list[ns.SparsityResult] = []
@@ -54,29 +59,58 @@ def main() -> None:
     if given.exhaustive:
         row |= exhaustive(adapter, windows, given.p, result)
     write_row("search_exhaustive" if given.exhaustive else "search", row, save=given.save)
+    if given.jitter:
+        write_row("search_jitter", jitter(adapter, windows, result), save=given.save)
 
 
-def exhaustive(adapter: MLPAdapter, windows: Windows, p: float, result: ns.SparsityResult) -> dict[str, float]:
-    """Bisection and a scan in CETT, thresholds from a fine grid that was measured on every token."""
-    steps = 1.03 ** np.arange(-12, 12)
-    recorder = CurveRecorder(adapter, np.outer(result.thresholds, steps))
+Point = tuple[float, float, float]
+"""log(CETT), log(rise) and activation ratio of one truncated pass."""
+
+
+def measurer(adapter: MLPAdapter, windows: Windows, result: ns.SparsityResult) -> Callable[[float], Point]:
+    """A function that makes a truncated pass at a CETT, thresholds from a fine grid measured on every token."""
+    recorder = CurveRecorder(adapter, np.outer(result.thresholds, 1.03 ** np.arange(-12, 12)))
     dense = token_losses(adapter, windows, on_post=recorder.on_post)
     grid = recorder.curves()
-    target, low, high = math.log1p(p / 100), 0.75 * result.cett, 1.33 * result.cett
-    points = []
 
-    def measure(cett: float) -> float:
+    def measure(cett: float) -> Point:
         cuts = [
             float(np.exp(np.interp(math.log(cett), np.log(grid.cett[i]), np.log(grid.threshold[i]))))
             for i in range(len(grid.cett))
         ]
         losses, truncation = truncated_losses(adapter, windows, cuts)
         rise = mean_loss((losses - dense).double(), windows.scored)
-        points.append((math.log(cett), math.log(rise), truncation.activation_ratio))
-        print(
-            f"  exhaustive: CETT {cett:.5f} rise {100 * math.expm1(rise):.4f} % ratio {points[-1][2]:.5f}", flush=True
-        )
-        return rise
+        ratio = truncation.activation_ratio
+        print(f"  pass: CETT {cett:.5f} rise {100 * math.expm1(rise):.4f} % ratio {ratio:.5f}", flush=True)
+        return math.log(cett), math.log(rise), ratio
+
+    return measure
+
+
+def jitter(adapter: MLPAdapter, windows: Windows, result: ns.SparsityResult) -> dict[str, float]:
+    """Scatter of the rise in passes close to each other, and in passes a percent apart."""
+    measure = measurer(adapter, windows, result)
+    apart = np.array([measure(result.cett * math.exp(step))[:2] for step in np.linspace(-0.055, 0.055, 12)])
+    close = np.array([measure(result.cett * math.exp(step))[:2] for step in np.linspace(-0.0005, 0.0005, 6)])
+    slope, offset = np.polyfit(*apart.T, 1)
+    off = [points[:, 1] - slope * points[:, 0] - offset for points in (apart, close)]
+    return {
+        "slope": slope,
+        "apart_percent": 100 * math.sqrt(float(off[0] @ off[0]) / (len(apart) - 2)),
+        "close_percent": 100 * float(off[1].std(ddof=1)),
+        "close_off_line_percent": 100 * float(off[1].mean()),
+    }
+
+
+def exhaustive(adapter: MLPAdapter, windows: Windows, p: float, result: ns.SparsityResult) -> dict[str, float]:
+    """Bisection and a scan in CETT, thresholds from a fine grid that was measured on every token."""
+    pass_at = measurer(adapter, windows, result)
+    target, low, high = math.log1p(p / 100), 0.75 * result.cett, 1.33 * result.cett
+    points: list[Point] = []
+
+    def measure(cett: float) -> float:
+        points.append(pass_at(cett))
+        return math.exp(points[-1][1])
 
     for _ in range(4):
         middle = math.sqrt(low * high)
@@ -87,14 +121,14 @@ def exhaustive(adapter: MLPAdapter, windows: Windows, p: float, result: ns.Spars
     slope, offset = np.polyfit(x, y, 1)
     at = (math.log(target) - offset) / slope
     ratio_slope, ratio_offset = np.polyfit(x, ratios, 1)
-    jitter = math.sqrt(float(((y - slope * x - offset) ** 2).sum()) / (len(x) - 2))
+    scatter = math.sqrt(float(((y - slope * x - offset) ** 2).sum()) / (len(x) - 2))
     ratio = ratio_slope * at + ratio_offset
     errors = float64_cett(adapter, windows, result.thresholds) / result.cett - 1
     return {
         "exhaustive_cett": math.exp(at),
         "exhaustive_ratio": ratio,
-        "exhaustive_ratio_error": abs(ratio_slope) * jitter / slope / math.sqrt(len(x)),
-        "jitter_percent": 100 * target * jitter,
+        "exhaustive_ratio_error": abs(ratio_slope) * scatter / slope / math.sqrt(len(x)),
+        "jitter_percent": 100 * target * scatter,
         "ratio_difference": result.activation_ratio - ratio,
         "worst_layer_cett_error": float(np.abs(errors).max()),
     }
