@@ -34,6 +34,8 @@ from neuron_sparsity.store import decode, make_folder, provenance, read_tensors,
 __all__ = ["NeuronStatistics", "record"]
 
 PARTIAL = "record.partial.safetensors"
+_PEAK_VALUES = 1 << 22  # activations copied at once to look for the largest
+_ROWS = 1 << 14  # contexts of examples gathered at once
 _OWN = ("maximum", "example_value", "example_position")
 _STATE = tuple(field.name for field in fields(StatisticsState) if field.name not in ("n_tokens", "thresholds"))
 
@@ -127,15 +129,22 @@ class _Recording:
             self.thresholds[:, k] = torch.tensor([float(cut) for cut in cuts])
             if not bool((self.thresholds[:, k] >= 0).all()):
                 raise ValueError(f"thresholds {name!r} must be >= 0, got {list(cuts)}")
-        # One tensor a layer, where the layer is: nothing is copied between devices until the end.
+        # Each layer's state lies where the layer is: nothing is copied between devices until the end.
+        one = StatisticsState.zeros(1, torch.empty(len(self.names)))  # type and trailing axes of each tensor
+        sizes = {name: (getattr(one, name).dtype, getattr(one, name).shape[1:]) for name in _STATE}
+        sizes |= {"maximum": (torch.float32, ()), "example_value": (torch.float32, (n_examples,))}
+        sizes |= {"example_position": (torch.int64, (n_examples,))}
+        self._tensors = {name: _PerLayer(devices, (info.d_mlp, *axes), dtype) for name, (dtype, axes) in sizes.items()}
+        self.maximum, self.example_value, self.example_position = (self._tensors[name].layers for name in _OWN)
+        for position in self.example_position:
+            position.fill_(-1)
         self.states = [
-            StatisticsState.zeros(info.d_mlp, cuts, device)
-            for cuts, device in zip(self.thresholds, devices, strict=True)
-        ]
-        self.maximum = [torch.zeros(info.d_mlp, device=device) for device in devices]
-        self.example_value = [torch.zeros(info.d_mlp, n_examples, device=device) for device in devices]
-        self.example_position = [
-            torch.full((info.d_mlp, n_examples), -1, dtype=torch.int64, device=device) for device in devices
+            StatisticsState(
+                n_tokens=0,
+                thresholds=self.thresholds[layer].to(device),
+                **{name: self._tensors[name].layers[layer] for name in _STATE},
+            )
+            for layer, device in enumerate(devices)
         ]
 
     def add(self, start: int, tokens: Tensor) -> None:
@@ -145,7 +154,8 @@ class _Recording:
             w_norm, state = self.adapter.w_norms[layer], self.states[layer]
             sinks = kernels.neuron_statistics(z[:, 0], w_norm, state, backend=self.backend)
             best = kernels.neuron_statistics(z[:, 1:], w_norm, state, backend=self.backend)
-            self.maximum[layer] = torch.maximum(self.maximum[layer], torch.maximum(sinks, best.amax(dim=0)))
+            largest = self.maximum[layer]
+            torch.maximum(largest, torch.maximum(sinks, best.amax(dim=0)), out=largest)
             self._examples(layer, start, z, best)
 
         self.adapter.final_residual(tokens, on_post)
@@ -169,7 +179,10 @@ class _Recording:
         if len(better) == 0:
             return
         first = torch.arange(start, start + len(z), device=z.device) * self.windows.window + 1
-        peak = torch.stack([window[1:].index_select(1, better).float().abs_().max(dim=0).indices for window in z])
+        some = better.split(max(1, _PEAK_VALUES // z.shape[1]))
+        peak = torch.stack(
+            [torch.cat([w[1:].index_select(1, part).float().abs_().max(dim=0).indices for part in some]) for w in z]
+        )
         # Ties go to the earlier window: the old ones stand first, and the sort is stable.
         candidates = torch.cat((values[better], best[:, better].T), dim=1)
         places = torch.cat((positions[better], (peak + first[:, None]).T), dim=1)
@@ -194,10 +207,8 @@ class _Recording:
         write_tensors(path, self._stacked() | {"thresholds": self.thresholds}, header)
 
     def _stacked(self) -> dict[str, Tensor]:
-        """The state of all layers on the CPU."""
-        tensors = {name: torch.stack([getattr(state, name).cpu() for state in self.states]) for name in _STATE}
-        own = {name: torch.stack([tensor.cpu() for tensor in getattr(self, name)]) for name in _OWN}
-        return tensors | own
+        """The state of all layers on the CPU; where it is there already, no copy of it."""
+        return {name: tensor.cpu() for name, tensor in self._tensors.items()}
 
     def resume(self, path: Path, batch_size: int | None) -> int | None:
         """Take up a state that was written; return its batch size, or None if there is none.
@@ -238,7 +249,8 @@ class _Recording:
         stacked = self._stacked()
         n_tokens = self.windows.n_tokens
         context = _contexts(self.windows.tokens, stacked["example_position"])
-        ids = [token for token in context.unique().tolist() if token >= 0]
+        pieces = context.view(-1, CONTEXT_LENGTH).split(_ROWS)
+        ids = sorted({token for piece in pieces for token in piece.unique().tolist() if token >= 0})
         tokenizer = self.adapter.model.tokenizer
         return NeuronStatistics(
             model=self.adapter.info,
@@ -257,6 +269,24 @@ class _Recording:
         )
 
 
+class _PerLayer:
+    """A tensor of zeros for every layer, on the layer's device; those of one device are rows of one tensor."""
+
+    def __init__(self, devices: Sequence[torch.device], shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._rows = {
+            device: torch.zeros(devices.count(device), *shape, dtype=dtype, device=device)
+            for device in dict.fromkeys(devices)
+        }
+        rows = {device: iter(tensor) for device, tensor in self._rows.items()}
+        self.layers = [next(rows[device]) for device in devices]
+
+    def cpu(self) -> Tensor:
+        """All layers on the CPU: the tensor itself where it is there."""
+        if len(self._rows) == 1:
+            return next(iter(self._rows.values())).cpu()
+        return torch.stack([layer.cpu() for layer in self.layers])
+
+
 def _fill(name: str, target: Tensor, source: Tensor) -> None:
     if source.shape != target.shape or source.dtype != target.dtype:
         raise ValueError(f"{name} is {source.dtype} {list(source.shape)}, not {target.dtype} {list(target.shape)}")
@@ -265,13 +295,16 @@ def _fill(name: str, target: Tensor, source: Tensor) -> None:
 
 def _contexts(tokens: Tensor, position: Tensor) -> Tensor:
     """Gather the tokens around each example; -1 outside its window and where there is no example."""
-    n_pos = tokens.shape[1]
+    n_pos, flat = tokens.shape[1], tokens.reshape(-1)
     offset = torch.arange(CONTEXT_LENGTH) - CONTEXT_BEFORE
-    pos = position.remainder(n_pos)[..., None] + offset
-    window = position.clamp_min(0).div(n_pos, rounding_mode="floor")[..., None].expand_as(pos)
-    inside = (pos >= 0) & (pos < n_pos) & (position >= 0)[..., None]
-    gathered = tokens[window, pos.clamp(0, n_pos - 1)]
-    return torch.where(inside, gathered, -1).to(torch.int32)
+    context = torch.empty(*position.shape, CONTEXT_LENGTH, dtype=torch.int32)
+    # A few at a time: their indices take many times the memory of what they fetch.
+    pieces = zip(position.reshape(-1).split(_ROWS), context.view(-1, CONTEXT_LENGTH).split(_ROWS), strict=True)
+    for where, found in pieces:
+        pos = where.remainder(n_pos)[:, None] + offset
+        inside = (pos >= 0) & (pos < n_pos) & (where >= 0)[:, None]
+        found.copy_(flat.take((where[:, None] + offset).clamp_(0, len(flat) - 1)).masked_fill_(~inside, -1))
+    return context
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+_KINDS = ("I64", "F64", "F32", "I32", "F16", "I16", "U8", "I8", "BOOL")  # in the order in which they are written
 _PACKAGES = (
     "neuron_sparsity",
     "torch",
@@ -163,10 +164,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], header: Mapping[str, A
     Raises:
         RunFolderError: If the file cannot be written.
     """
-    from safetensors.torch import save
-
     text = json.dumps({"schema": SCHEMA} | _finite(dict(header)), allow_nan=False)
-    write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}, {"header": text}))
+    _write(path, _safetensors({name: value.contiguous().numpy() for name, value in tensors.items()}, {"header": text}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -197,12 +196,40 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         RunFolderError: If it cannot be written (no permission, disk full).
     """
+    _write(path, [data])
+
+
+def _safetensors(arrays: Mapping[str, Any], metadata: Mapping[str, str]) -> Iterator[Any]:
+    """Yield the pieces of a safetensors file: byte for byte what the library writes, without a copy of the tensors.
+
+    `safetensors.torch.save` holds the whole file in memory, and `save_file` has a temporary file of its own beside
+    the one it is given, which a kill would leave there.
+    """
+    kinds = {
+        name: "BOOL" if array.dtype.kind == "b" else f"{array.dtype.kind.upper()}{8 * array.itemsize}"
+        for name, array in arrays.items()
+    }
+    order = sorted(arrays, key=lambda name: (_KINDS.index(kinds[name]), name))
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        shape, start = list(arrays[name].shape), end
+        end += arrays[name].nbytes
+        entries[name] = {"dtype": kinds[name], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    yield from (arrays[name].reshape(-1) for name in order)
+
+
+def _write(path: Path, pieces: Iterable[Any]) -> None:
     temporary = None
     try:
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         temporary = Path(name)
         with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)

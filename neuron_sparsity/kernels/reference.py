@@ -37,23 +37,24 @@ def contributions(z: Tensor, w_norm: Tensor) -> Tensor:
 def neuron_statistics(z: Tensor, w_norm: Tensor, state: StatisticsState) -> Tensor:
     """Add `z`, [group, token, neuron], to `state`; return each group's largest contribution of each neuron."""
     maximum = torch.empty(len(z), z.shape[2], device=z.device)
+    n_token, n_neuron = z.shape[1:]
+    bins = torch.empty(n_token, n_neuron, dtype=torch.int32, device=z.device)
+    scratch = torch.empty(2, min(BLOCK_TOKEN, n_token), n_neuron, device=z.device)
     for index, group in enumerate(z):
-        maximum[index] = _group_statistics(group, w_norm, state)
+        maximum[index] = _group_statistics(group, w_norm, state, bins, scratch)
     return maximum
 
 
-def _group_statistics(z: Tensor, w_norm: Tensor, state: StatisticsState) -> Tensor:
+def _group_statistics(z: Tensor, w_norm: Tensor, state: StatisticsState, bins: Tensor, scratch: Tensor) -> Tensor:
     n_token, n_neuron = z.shape
     base = torch.arange(n_neuron, dtype=torch.int32, device=z.device) * N_BINS
-    bins = torch.empty(n_token, n_neuron, dtype=torch.int32, device=z.device)
     maximum = torch.zeros(n_neuron, device=z.device)
     ones = torch.ones(BLOCK_TOKEN, device=z.device)
-    scratch = torch.empty(BLOCK_TOKEN, n_neuron, device=z.device)
     for start in range(0, n_token, BLOCK_TOKEN):
         block = z[start : start + BLOCK_TOKEN].float()
         row, index = ones[: len(block)], bins[start : start + BLOCK_TOKEN]
-        flags = scratch[: len(block)]
-        c = contributions(block, w_norm)
+        c, flags = scratch[:, : len(block)]
+        torch.abs(block, out=c).mul_(w_norm)
         state.activation_sum += (row @ block).double()
         state.contribution_sum += (row @ c).double()
         torch.maximum(maximum, c.amax(dim=0), out=maximum)

@@ -331,3 +331,24 @@ def test_provenance() -> None:
 def test_a_package_that_is_not_installed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_PACKAGES", ("no-such-package-of-this-name",))
     assert store.provenance()["versions"]["no-such-package-of-this-name"] == "not installed"
+
+
+def test_tensors_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
+    """The file is streamed by code of our own, so it must be the library's byte for byte, header and all."""
+    from safetensors.torch import save
+
+    tensors = {
+        "float": torch.arange(12.0).view(3, 4),
+        "long": torch.arange(5),
+        'name with "\u00e9"': torch.zeros(2, 0, 3),
+        "mask": torch.tensor([True, False, True]),
+        "double": torch.tensor([0.1, -0.2], dtype=torch.float64),
+        "int": torch.arange(3, dtype=torch.int32),
+        "scalar": torch.tensor(1.5),
+        "half": torch.ones(3, dtype=torch.float16),
+        "strided": torch.arange(12).view(3, 4).t(),
+    }
+    write_tensors(tmp_path / "x", tensors, {"text": "</\u00e9\n"})
+    header = json.dumps({"schema": 1, "text": "</\u00e9\n"})
+    expected = save({name: value.contiguous() for name, value in tensors.items()}, {"header": header})
+    assert (tmp_path / "x").read_bytes() == expected
