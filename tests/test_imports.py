@@ -17,6 +17,7 @@ PACKAGE = "neuron_sparsity"
 # From the top of the house to the bottom: a room imports only from itself and from rooms above it.
 ROOMS = [
     "errors",
+    "allocator",
     "kernels",
     "metrics",
     "laws",
@@ -24,11 +25,14 @@ ROOMS = [
     "sources",
     "corpus",
     "weights",
+    "blueprint",
     "plain",
     "adapter",
     "perplexity",
     "statistics",
     "recorder",
+    "footprint",
+    "plan",
     "curves",
     "truncation",
     "search",
@@ -45,6 +49,7 @@ ROOMS = [
     "progress",
     "doctor",
     "options",
+    "commands",
     "cli",
     "__main__",
 ]

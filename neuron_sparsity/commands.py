@@ -1,0 +1,144 @@
+"""Commands that measure nothing and keep no run folder; `cli` puts them beside the others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from neuron_sparsity.options import (
+    DEFAULT_MODEL,
+    DEFAULT_TOKENS,
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Model,
+    NCtx,
+    RemoteCode,
+    Tokens,
+    check_sizes,
+)
+from neuron_sparsity.terminal import one_line_errors, printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from neuron_sparsity.plan import Plan
+
+__all__ = ["plan", "show_plan", "size_text"]
+
+
+@one_line_errors
+def plan(
+    model: Model = DEFAULT_MODEL,
+    tokens: Tokens = DEFAULT_TOKENS,
+    n_ctx: NCtx = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    trust_remote_code: RemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what measuring a model will need: memory, disk and time. No weights are read, and no device is needed."""
+    check_sizes({"tokens": tokens, "n_ctx": n_ctx, "batch_size": batch_size})
+    from neuron_sparsity.plan import plan as make_plan
+    from neuron_sparsity.store import to_json_text
+
+    made = make_plan(
+        model,
+        n_tokens=tokens,
+        n_ctx=n_ctx,
+        batch_size=batch_size,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        typer.echo(to_json_text(made.to_json()))
+    else:
+        show_plan(made)
+
+
+def show_plan(plan: Plan) -> None:
+    """Print a plan as two tables, and where its times are from."""
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    model = plan.model
+    console.print(
+        printable(
+            f"{model.name}: {model.architecture}, {model.n_layers} x {model.d_mlp:,} neurons, d_model {model.d_model:,}"
+        )
+    )
+    console.print(
+        f"{plan.n_tokens:,} tokens in windows of {plan.n_ctx}, {plan.batch_size} a forward pass at most, "
+        f"{plan.dtype} on {plan.device}"
+    )
+    console.print(_sizes(plan))
+    console.print(_steps(plan))
+    devices = plan.n_devices()
+    if plan.device != "cpu" and devices is not None:
+        console.print(f"devices of 80 GB: {devices}, {size_text(plan.peak_on(devices))} on the fullest")
+    elif plan.device != "cpu":
+        console.print("devices of 80 GB: one is too small for a block and its batch; lower --batch-size")
+    for source in dict.fromkeys(step.source for step in plan.steps):
+        names = ", ".join(step.name for step in plan.steps if step.source == source)
+        console.print(f"F of {names}: {source}")
+    console.print(
+        "F is one dense forward pass with loss on the same tokens. Its count was measured on that model and setting, "
+        "and is an estimate for any other. Bytes are computed, the Python process itself left out."
+    )
+
+
+def _sizes(plan: Plan) -> Table:
+    model = plan.model
+    rows = [
+        ("parameters", f"{model.n_parameters:,}", ""),
+        ("  of the MLPs", f"{model.n_mlp_parameters:,}", f"{model.n_mlp_parameters / model.n_parameters:.0%}"),
+        (f"weights in {plan.dtype}", size_text(plan.weights_bytes), ""),
+        ("statistics while recording", size_text(plan.statistics_bytes), "does not grow with tokens"),
+        ("statistics when done", size_text(plan.result_bytes), "with contexts of examples"),
+        ("activations of a batch", size_text(plan.batch_bytes), "with temporaries"),
+        ("peak on the device", size_text(plan.peak_bytes), "largest step, with weights"),
+        ("run folder", size_text(plan.run_folder_bytes), "and a few MB of JSON and HTML"),
+    ]
+    if plan.host_bytes:
+        rows.insert(-1, ("peak of the machine", size_text(plan.host_bytes), "weights arrive there"))
+    return _table(("need", "size", "note"), rows)
+
+
+def _steps(plan: Plan) -> Table:
+    flop = plan.dense_pass_flop
+    rows = [
+        (step.name, f"{step.dense_passes:g} F", size_text(step.dense_passes * flop, "FLOP"), size_text(step.peak_bytes))
+        for step in plan.steps
+    ]
+    return _table(("step", "time", "that is", "peak"), rows)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in head:
+        table.add_column(name, justify="right" if name in ("size", "time", "that is", "peak") else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def size_text(n: float, unit: str = "B") -> str:
+    """Return a size in decimal units.
+
+    Example:
+        >>> size_text(999), size_text(504_627_328), size_text(16_060_522_496), size_text(3.0e15, "FLOP")
+        ('999 B', '505 MB', '16.1 GB', '3.0 PFLOP')
+    """
+    prefixes = ("", "k", "M", "G", "T", "P", "E")
+    power = 0
+    while n >= 999.5 and power < len(prefixes) - 1:
+        n, power = n / 1000, power + 1
+    return f"{n:.1f} {prefixes[power]}{unit}" if power and n < 99.95 else f"{n:.0f} {prefixes[power]}{unit}"
