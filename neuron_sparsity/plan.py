@@ -34,7 +34,7 @@ _MEASURED = "measured on smollm2-135m, float32, two CPU cores: "
 _COST = {  # dense passes with loss on the tokens of the step
     "record": (0.91, _MEASURED + "docs/measured.md, Cost"),
     "sparsity": (9.0, _MEASURED + "docs/measured.md, Cost"),
-    "ablate": (9.3, _MEASURED + "docs/scale.md, How long; at most 14 passes, a control and a held-out part"),
+    "ablate": (8.5, _MEASURED + "docs/scale.md, How long"),
 }
 
 

@@ -36,7 +36,7 @@ __all__ = ["NeuronStatistics", "record"]
 
 PARTIAL = "record.partial.safetensors"
 _PEAK_VALUES = 1 << 22  # activations copied at once to look for the largest
-_ROWS = 1 << 14  # contexts of examples gathered at once
+_ROWS = 1 << 12  # contexts of examples gathered at once
 _OWN = ("maximum", "example_value", "example_position")
 _STATE = tuple(field.name for field in fields(StatisticsState) if field.name not in ("n_tokens", "thresholds"))
 

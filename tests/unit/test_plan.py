@@ -99,16 +99,21 @@ def test_sizes_that_cannot_be(options: dict[str, Any], complaint: str, tmp_path:
         plan(str(tmp_path), **options)
 
 
-def test_times_are_those_of_the_page_that_is_named(repository: Path) -> None:
-    page = (repository / "docs" / "measured.md").read_text(encoding="utf-8")
-    rows = {"record": r"^\| `record`.*?\| ([\d.]+) F", "sparsity": r"^\| CETT-PPL-1% search.*?\| ([\d.]+) F"}
+@pytest.mark.parametrize(
+    ("step", "page", "pattern"),
+    [
+        ("record", "docs/measured.md", r"^\| `record`.*?\| ([\d.]+) F"),
+        ("sparsity", "docs/measured.md", r"^\| CETT-PPL-1% search.*?\| ([\d.]+) F"),
+        ("ablate", "docs/scale.md", r"that of `ablate` is ([\d.]+) F"),
+    ],
+)
+def test_times_are_those_of_the_page_that_is_named(step: str, page: str, pattern: str, repository: Path) -> None:
+    found = re.search(pattern, (repository / page).read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
     steps = {step.name: step for step in plan_for(draw(tiny_llama(), name="tiny"), n_ctx=32).steps}
-    for name, pattern in rows.items():
-        found = re.search(pattern, page, re.MULTILINE)
-        assert found is not None, name
-        assert steps[name].dense_passes == float(found[1]), name
-        assert "measured on smollm2-135m" in steps[name].source
-        assert "docs/measured.md" in steps[name].source
+    assert steps[step].dense_passes == float(found[1])
+    assert "measured on smollm2-135m" in steps[step].source
+    assert page in steps[step].source
 
 
 def test_table_in_the_documentation_is_what_is_computed(repository: Path) -> None:
@@ -125,9 +130,9 @@ def test_published_shapes_have_their_published_parameters() -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel tells no peak of a process")
 def test_memory_of_a_recording_is_constant_and_what_the_plan_says() -> None:
-    """A stack of 16 x 4,096, where the state is most of it; `benchmarks/memory.py` does 32 x 14,336."""
-    shape = ("--layers", 16, "--width", 4096, "--n-ctx", 128, "--batch-size", 2)
-    expected = Footprint(16, 4096, 0, 128, 2).recording
-    peaks = [memory.in_fresh_process(*shape, "--tokens", n)["peak"] for n in (256, 2048)]
+    """A stack of 16 x 8,192, where the state is most of it; `benchmarks/memory.py` does 32 x 14,336."""
+    shape = ("--layers", 16, "--width", 8192, "--n-ctx", 128, "--batch-size", 2)
+    expected = Footprint(16, 8192, 0, 128, 2).recording
+    peaks = [memory.in_fresh_process(*shape, "--tokens", n)["peak"] for n in (256, 1024)]
     assert peaks == pytest.approx([expected, expected], rel=0.1)
     assert peaks[1] == pytest.approx(peaks[0], rel=0.05)
