@@ -56,7 +56,7 @@ _CURVE_FACTORS = (0.5, 0.75, 0.9, 1.1, 1.3, 1.8)  # close to 1: on tiny models t
 _NEARER_FACTORS = (0.96, 1.04)  # measured around a CETT that is inside the curves but not in their middle
 _FURTHER_FACTORS = (0.7, 1.0, 1.3)  # and around one that is outside
 _FIRST_CETT = 0.05  # at p = 1 (0.04 measured on smollm2-135m); from there by the square root of p
-_MAX_EVALUATIONS = 9
+_MAX_EVALUATIONS = 7  # around p; with what comes before and after, 11 F on smollm2-135m (docs/measured.md)
 _MAX_SETTLING = 3  # passes at the root, until the rise of one is within the tolerance
 _MIN_CETT = 1e-6
 _JITTER = 0.04  # of the rise at p = 1 and 4,096 tokens, in percentage points (measured: docs/measured.md)
@@ -276,17 +276,21 @@ class _Search:
 
     def _bracket(self, dense: Tensor, curves: CettCurves, guess: float) -> CettCurves:
         """Evaluate until the passes near p tell its place; measure more of the curves where they end."""
-        cett, rebuilt = guess, False
+        cett, centre, rebuilt = guess, guess, False
         for _ in range(_MAX_EVALUATIONS):
-            if not rebuilt and cett < 1.0 and not curves.covers(cett, around=guess):
-                factors = _NEARER_FACTORS if curves.covers(cett) else _FURTHER_FACTORS
-                more = ascending([curves.thresholds_at(min(0.97, cett * factor)) for factor in factors])
+            inside = curves.covers(cett)
+            if not rebuilt and cett < 1.0 and not (inside and curves.covers(centre, around=guess)):
+                factors, middle = (_NEARER_FACTORS, centre) if inside else (_FURTHER_FACTORS, cett)
+                more = ascending([curves.thresholds_at(min(0.97, middle * factor)) for factor in factors])
                 curves, rebuilt = curves.joined(self._curves(more, "CETT curves, further out")), True
             rise = self._evaluate(dense, curves, cett)
             root, points = self._root(), self._points()
             if self._known(root) or (cett >= 1.0 and rise < self.p_percent):
                 break
-            cett = spread(root, points) if root and root.n_points > 1 else next_cett(points, self.target)
+            if root and root.n_points > 1:  # curves have to be dense around the root, not around each pass beside it
+                cett, centre = spread(root, points), root.cett
+            else:
+                cett = centre = next_cett(points, self.target)
             if cett < _MIN_CETT:
                 break
         for _ in range(_MAX_SETTLING):
