@@ -43,9 +43,9 @@ check: $(VENV)/.installed-dev
 # Without a GPU the kernels' torch reference is measured: that is what runs on a CPU.
 bench: $(VENV)/.installed-test
 	@cuda=$$($(VENV)/bin/python -c 'import torch; print(torch.cuda.is_available())'); \
-	for file in benchmarks/bench_*.py; do \
-		args=; [ "$$file:$$cuda" = benchmarks/bench_kernels.py:False ] && args=--cpu; \
-		echo "== $$file $$args"; $(VENV)/bin/python -m "benchmarks.$$(basename "$$file" .py)" $$args || exit 1; done
+	for name in bench_record search sampling bench_kernels; do \
+		args=; [ "$$name:$$cuda" = bench_kernels:False ] && args=--cpu; \
+		echo "== $$name $$args"; $(VENV)/bin/python -m "benchmarks.$$name" $$args || exit 1; done
 
 kernels: $(VENV)/.installed-test
 	$(VENV)/bin/python -m benchmarks.compile_kernels

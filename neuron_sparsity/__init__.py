@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from neuron_sparsity.recorder import NeuronStatistics, record
     from neuron_sparsity.report import report
     from neuron_sparsity.sparsity import (
+        Estimate,
         SparsityResult,
         TokenActivity,
         apply_thresholds,
+        cett_ppl_sparsities,
         cett_ppl_sparsity,
         sparsify,
         token_activity,
@@ -43,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AblationResult",
     "CorpusError",
+    "Estimate",
     "LawFit",
     "MeasurementError",
     "ModelError",
@@ -58,6 +61,7 @@ __all__ = [
     "ablate",
     "apply_thresholds",
     "attach",
+    "cett_ppl_sparsities",
     "cett_ppl_sparsity",
     "fit_joint",
     "fit_law",
@@ -77,6 +81,7 @@ __all__ = [
 _MODULE_OF = {
     "AblationResult": "ablation",
     "CorpusError": "errors",
+    "Estimate": "sparsity",
     "LawFit": "laws",
     "MeasurementError": "errors",
     "ModelError": "errors",
@@ -91,6 +96,7 @@ _MODULE_OF = {
     "ablate": "ablation",
     "apply_thresholds": "sparsity",
     "attach": "adapter",
+    "cett_ppl_sparsities": "sparsity",
     "cett_ppl_sparsity": "sparsity",
     "fit_joint": "laws",
     "fit_law": "laws",

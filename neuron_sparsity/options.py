@@ -13,14 +13,17 @@ __all__ = [
     "BatchSize",
     "Bos",
     "By",
+    "Calibration",
     "Device",
     "Dtype",
     "Kernels",
+    "Metric",
     "Model",
     "NCtx",
     "Out",
     "P",
     "Packed",
+    "Ps",
     "Quiet",
     "RemoteCode",
     "Replacement",
@@ -66,6 +69,20 @@ Kernels = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/MODEL-CORPUS.")]
 P = Annotated[float, typer.Option("--p", help="Rise of perplexity in percent.")]
+Ps = Annotated[
+    list[float] | None,
+    typer.Option("--p", help="Rise of perplexity in percent; repeat it for several at once. Default: 1."),
+]
+Metric = Annotated[
+    str,
+    typer.Option("--metric", help="ppl: rise of perplexity. kl: KL divergence from the dense model. Both are told."),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration", help="Other text to take the thresholds from, as for --text. Default: the same text."
+    ),
+]
 By = Annotated[
     str, typer.Option("--ranking", help="contribution, activation_frequency, maximum, weight_norm or random.")
 ]
@@ -77,7 +94,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
 
-def check_question(p: float, ranking: str = "contribution", replacement: str = "mean", scope: str = "model") -> None:
+def check_question(
+    p: float, ranking: str = "contribution", replacement: str = "mean", scope: str = "model", metric: str = "ppl"
+) -> None:
     """Refuse what no later step would take, before the first step has taken an hour."""
     if not (math.isfinite(p) and p > 0):
         raise ValueError(f"--p must be a positive number of percent, got {p:g}")
@@ -85,6 +104,7 @@ def check_question(p: float, ranking: str = "contribution", replacement: str = "
         ("--ranking", ranking, RANKINGS),
         ("--replacement", replacement, REPLACEMENTS),
         ("--scope", scope, ("model", "layer")),
+        ("--metric", metric, ("ppl", "kl")),
     ):
         if value not in allowed:
             raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")

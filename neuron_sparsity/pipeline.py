@@ -12,7 +12,7 @@ stopped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 
 from neuron_sparsity.ablation import AblationResult, removable_neurons
 from neuron_sparsity.adapter import MLPAdapter, attach
+from neuron_sparsity.cett_search import Metric
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.kernels import Backend
@@ -27,7 +28,7 @@ from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import rank
 from neuron_sparsity.recorder import record
 from neuron_sparsity.report import Report, report
-from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsity
+from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsities
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, decode, read_json, write_json, write_tensors
 from neuron_sparsity.truncation import TokenActivity, token_activity
@@ -88,26 +89,38 @@ class Run:
         )
         self._keep_windows(self._measured_windows())
 
-    def sparsity(self, p_percent: float) -> SparsityResult:
-        """Search CETT-PPL-p%, or read it if the folder has it for the same p and text."""
-        found = self._found(
-            "sparsity.json",
-            SparsityResult.from_json,
-            lambda old: old.p_percent == p_percent and old.corpus["sha256"] == self.calibration.sha256,
-        )
-        if found is not None:
-            return found
-        result = cett_ppl_sparsity(
+    def sparsity(
+        self, p_percent: float, *, metric: Metric = "ppl", calibration: Windows | None = None
+    ) -> SparsityResult:
+        """Search CETT-PPL-p% (or CETT-KL-p%), or read it if the folder has it for the same question."""
+        return self.sparsities((p_percent,), metric=metric, calibration=calibration)[0]
+
+    def sparsities(
+        self, p_percents: Sequence[float], *, metric: Metric = "ppl", calibration: Windows | None = None
+    ) -> tuple[SparsityResult, ...]:
+        """Search several p in one, or read them: the first goes to `sparsity.json`, another to `sparsity-p<p>.json`."""
+        names = ["sparsity.json", *(f"sparsity-p{p:g}.json" for p in p_percents[1:])]
+        other = None if calibration is None or calibration.sha256 == self.calibration.sha256 else calibration.sha256
+        found = [
+            self._found(name, SparsityResult.from_json, partial(_answers, (p, metric, self.calibration.sha256, other)))
+            for name, p in zip(names, p_percents, strict=True)
+        ]
+        if all(result is not None for result in found):
+            return tuple(found)
+        results = cett_ppl_sparsities(
             self.adapter,
             self.calibration,
-            p_percent=p_percent,
+            p_percents=p_percents,
+            metric=metric,
+            calibration=calibration,
             backend=self.backend,
             batch_size=self.batch_size,
             progress=self.progress,
         )
-        write_json(self.folder.file("sparsity.json"), result.to_json())
+        for name, result in zip(names, results, strict=True):
+            write_json(self.folder.file(name), result.to_json())
         self._keep_windows(self.calibration)
-        return result
+        return results
 
     def record(self, result: SparsityResult | None = None) -> NeuronStatistics:
         """Record every neuron, counting exactly under a result's thresholds; or read the recording if it is there.
@@ -264,10 +277,18 @@ def _built(build: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Any:
     """Build a result from JSON, and refuse fields of another type: `from_json` takes whatever a file says."""
     result = build(data)
     for field in fields(result):
-        kinds, value = _KINDS.get(str(field.type).split("[")[0]), getattr(result, field.name)
+        kinds, value = _KINDS.get(str(field.type).split("[")[0].split(" ")[0]), getattr(result, field.name)
+        if value is None and str(field.type).endswith("| None"):
+            continue
         if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
             raise TypeError(f"{field.name} must be {field.type}, got {type(value).__name__}")
     return result
+
+
+def _answers(asked: tuple[Any, ...], old: SparsityResult) -> bool:
+    """Whether a search answers what is asked: p, metric, text, and text of the thresholds if it is another."""
+    other = None if old.calibration is None else old.calibration["sha256"]
+    return (old.p_percent, old.metric.removeprefix("cett_"), old.corpus["sha256"], other) == asked
 
 
 def _question(removed: AblationResult) -> tuple[Any, ...]:

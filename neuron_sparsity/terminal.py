@@ -118,14 +118,17 @@ def keep_freed_memory() -> None:
 
 
 def one_flag_a_text(arguments: list[str]) -> list[str]:
-    """Let one `--text` take all that follows up to the next option: `--text a b` becomes `--text a --text b`."""
+    """Let one `--text` take all that follows up to the next option: `--text a b` becomes `--text a --text b`.
+
+    So does `--calibration`.
+    """
     expanded: list[str] = []
-    texts: int | None = None
+    flag, texts = "", 0
     for argument in arguments:
         if argument.startswith("-"):
-            texts = 0 if argument == "--text" else None
-        elif texts is not None:
-            expanded += ["--text"] if texts else []
+            flag, texts = (argument if argument in ("--text", "--calibration") else ""), 0
+        elif flag:
+            expanded += [flag] if texts else []
             texts += 1
         expanded.append(argument)
     return expanded

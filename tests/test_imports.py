@@ -49,6 +49,7 @@ ROOMS = [
     "progress",
     "doctor",
     "options",
+    "console",
     "cli",
     "__main__",
 ]

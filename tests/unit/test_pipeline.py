@@ -41,7 +41,7 @@ def run(model: Any, windows: Windows, tmp_path: Path) -> Callable[..., Run]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The measurements that were made, in order."""
     made: list[str] = []
-    for name in ("cett_ppl_sparsity", "record", "removable_neurons", "token_activity"):
+    for name in ("cett_ppl_sparsities", "record", "removable_neurons", "token_activity"):
         original = getattr(pipeline, name)
 
         def counted(*arguments: Any, name: str = name, original: Any = original, **options: Any) -> Any:
@@ -76,7 +76,7 @@ def test_each_question_is_measured_once(run: Callable[..., Run], passes: list[st
         fresh.passage(result)
         return list(passes)
 
-    everything = ["cett_ppl_sparsity", "record", "removable_neurons", "token_activity"]
+    everything = ["cett_ppl_sparsities", "record", "removable_neurons", "token_activity"]
     assert steps(1.0) == everything
     assert steps(1.0) == []
     for change in ({"ranking": "maximum"}, {"replacement": "zero"}, {"scope": "layer"}, {"seed": 3}):
@@ -92,7 +92,7 @@ def test_a_recording_is_made_again_only_for_new_thresholds(run: Callable[..., Ru
     with_thresholds = alone.record(result)
     assert with_thresholds.threshold_names == ("CETT-PPL-1%",)
     assert alone.record().threshold_names == ("CETT-PPL-1%",)
-    assert passes == ["record", "cett_ppl_sparsity", "record"]
+    assert passes == ["record", "cett_ppl_sparsities", "record"]
 
 
 def test_windows_of_the_folder_are_those_of_its_results(run: Callable[..., Run], windows: Windows) -> None:
