@@ -1,5 +1,6 @@
-"""Cost of the CETT-PPL-p% search in F, from nothing to the verified result. Bar: 5 F at 8,192 tokens, 25 times faster
-than the paper's algorithm.
+"""Cost of the CETT-PPL-p% search in F, from nothing to the verified result.
+
+Bars: 5 F at 8,192 tokens, and 25 times faster than the paper's algorithm.
 
 With `--paper`, the same question is put to the algorithm of the paper as its authors run it (arXiv:2411.02335, and the
 thresholds of its published code), written anew here: 20 steps of bisection in CETT; in each, a dense pass, and in every
@@ -9,10 +10,10 @@ fast forward, so that only the algorithms differ.
 
 With `--exhaustive`, it is put to a search without shortcuts: the CETT of 24 thresholds a layer, 3 % apart, measured on
 every token; full truncated passes, thresholds read off that grid: four steps of bisection in CETT, then eight passes
-evenly spaced over the 8 % around where it ended. The rise jitters by rounding (0.03 points at 8,192 tokens), so bisection
-alone ends anywhere within a percent or two of CETT; the exhaustive answer is read off a straight line of log(rise) over
-log(CETT) through its passes near p, and has a standard error. The tool's answer, its thresholds' CETT recomputed in
-float64 by code of its own, and the paper's answer stand beside it.
+evenly spaced over the 8 % around where it ended. The rise jitters by rounding (0.03 points at 8,192 tokens), so
+bisection alone ends anywhere within a percent or two of CETT; the exhaustive answer is read off a straight line of
+log(rise) over log(CETT) through its passes near p, and has a standard error. The tool's answer, its thresholds' CETT
+recomputed in float64 by code of its own, and the paper's answer stand beside it.
 
 With `--jitter`, how the rise scatters around the tool's answer, in percent of it: of six passes within 0.1 % of CETT of
 each other, and of twelve passes a percent apart around their line; and how far the close ones lie off that line.
