@@ -23,6 +23,8 @@ ROOMS = [
     "store",
     "sources",
     "corpus",
+    "placement",
+    "model_info",
     "weights",
     "plain",
     "adapter",
