@@ -218,7 +218,9 @@ def load_model(
     )
     booted = _boot(name, folder, hf_model, tokenizer, dtype)
     booted.cfg.model_name = name
-    attach(booted, name=name, plain=False)  # refuses what cannot be measured; whoever measures attaches again
+    adapter = attach(booted, name=name, plain=False)  # refuses what cannot be measured; whoever measures attaches again
+    if adapter.offloaded:
+        booted.cfg.device = str(adapter.device)  # TransformerLens takes it from weights that are on the meta device
     return booted
 
 
@@ -308,8 +310,8 @@ def _check_layers(adapter: MLPAdapter) -> tuple[WeightFacts, float]:
         handles += [module.register_forward_hook(catch) for module in (mlp, getattr(mlp, "out", None)) if module]
     try:
         adapter.final_residual(_probe_tokens(adapter.model), lambda layer, z: posts.update({layer: z.detach()}))
-    except (RuntimeError, NotImplementedError) as error:
-        if not adapter.offloaded:
+    except Exception as error:  # meta tensors make a model raise anything
+        if isinstance(error, ModelError) or not adapter.offloaded:
             raise
         raise ModelError(
             f"TransformerLens {_version()} cannot run a model whose weights are away until their layer runs "
@@ -336,11 +338,6 @@ def _check_layer(adapter: MLPAdapter, layer: int, facts: WeightFacts, z: Tensor 
         )
     if facts.norms and facts.shape != w_out.shape:
         raise _differ({facts.shape, tuple(w_out.shape)})
-    if z.device != w_out.device:
-        raise ModelError(
-            f"layer {block}: post-activations are on {z.device} and W_out on {w_out.device}; "
-            "use a device map that does not split an MLP"
-        )
     facts.add(w_out)
     if not torch.isfinite(z).all() or not torch.isfinite(facts.norms[-1]).all():
         raise ModelError(f"layer {block}: weights or post-activations are NaN or infinite; load intact weights")
