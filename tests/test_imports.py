@@ -22,6 +22,7 @@ ROOMS = [
     "laws",
     "store",
     "sources",
+    "rows",
     "corpus",
     "placement",
     "model_info",
