@@ -198,7 +198,7 @@ class Cutter:
         """Return the token ids of a document, or of evenly spaced stretches of one that is larger than `limit`.
 
         A stretch of more than a few megabytes comes in pieces, each of which loses a word at its start: a tokenizer
-        needs some fifty bytes of memory for each byte of text.
+        takes over a hundred bytes of memory for each byte of text.
         """
         if document.tokens is not None:
             return [document.tokens]
