@@ -155,6 +155,8 @@ def _linear_unembedding(adapter: MLPAdapter) -> Float[Tensor, "vocab d_model"] |
     weight = getattr(adapter.model.unembed, "W_U", None)
     if not adapter.chunked_logits or not isinstance(weight, Tensor) or weight.dtype != torch.float32:
         return None
+    if weight.is_meta:  # it waits in CPU memory or on disk, and is not kept: hidden states are
+        return None
     weight, d_model = weight.detach(), adapter.info.d_model
     if weight.dim() != 2 or weight.shape[0] != d_model:
         return None

@@ -61,7 +61,11 @@ BatchSize = Annotated[
     int | None, typer.Option("--batch-size", help="Windows a forward pass. Default: from free memory.")
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="Such as cuda or cpu. Default: the first GPU, else the CPU.")
+    str | None,
+    typer.Option(
+        "--device",
+        help="Such as cuda or cpu; auto: GPUs, memory and disk as they suffice. Default: first GPU, else CPU.",
+    ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Kernels = Annotated[
@@ -126,7 +130,11 @@ def check_device(device: str | None, backend: str) -> None:
     import torch
 
     from neuron_sparsity.kernels import choose
+    from neuron_sparsity.placement import require_accelerate
 
+    if device == "auto":
+        require_accelerate(device)
+        device = None  # kernels run on the first GPU, else on the CPU
     try:
         where = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:

@@ -128,9 +128,10 @@ def default_batch_size(adapter: MLPAdapter, window: int) -> int:
     """Return how many windows fit a forward pass: a fifth of the free memory, within what is fast."""
     info, heads = adapter.info, int(getattr(adapter.model.cfg, "n_heads", 1) or 1)
     per_token = 4 * (4 * info.d_mlp + 16 * info.d_model + 3 * heads * window)
-    device = adapter.device
-    limit = _BATCH_TOKENS.get(device.type, 4096)
-    return max(1, int(min(limit, 0.2 * _free_bytes(device) / per_token)) // window)
+    devices = adapter.devices
+    # Offloaded weights are read anew for every batch, which costs more than a few thousand tokens do.
+    limit = 16_384 if adapter.offloaded else _BATCH_TOKENS.get(devices[0].type, 4096)
+    return max(1, int(min(limit, 0.2 * min(map(_free_bytes, devices)) / per_token)) // window)
 
 
 def batches(
@@ -182,7 +183,7 @@ def _batch_losses(
     mask = scored[:, 1:]
     target = tokens[:, 1:][mask]
     index = torch.arange(tokens.numel()).view(tokens.shape)[:, 1:][mask] + first_window * tokens.shape[1]
-    with memory_advice(len(tokens), tokens.shape[1]):
+    with memory_advice(len(tokens), tokens.shape[1]), adapter.unembedding():
         if adapter.chunked_logits:
             residual = adapter.final_residual(tokens, on_post)
             hidden = residual[:, :-1][mask.to(residual.device)]

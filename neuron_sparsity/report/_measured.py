@@ -114,6 +114,8 @@ def _corpus(corpus: Mapping[str, Any]) -> Markup:
         window += f", documents {visible(corpus['packing'])}"
     if corpus.get("stride") is not None:
         window += f", stride {visible(corpus['stride'])}"
+    if corpus.get("sampling"):
+        window += f"; {visible(corpus['sampling'])}"
     return Markup("{}; {}; sha256 <code>{}</code>").format(head, window, visible(corpus.get("sha256", "?")))
 
 

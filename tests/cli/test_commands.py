@@ -348,3 +348,22 @@ def test_one_text_flag_takes_several_files() -> None:
     assert one_flag_a_text(given) == ["report", "model", "--text", "a", "--text", "b", "--text", "c", "--p", "1"]
     assert one_flag_a_text(["report", "--text", "a", "--text", "b"]) == ["report", "--text", "a", "--text", "b"]
     assert one_flag_a_text(["rank", "folder"]) == ["rank", "folder"]
+
+
+def test_device_auto(measure: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="pip install 'neuron-sparsity[large]'")
+    options = ("--json", "--p", 5)
+    spread, kept = (
+        measure("sparsity", *options, "--device", device, "--out", tmp_path / device).json for device in ("auto", "cpu")
+    )
+    assert spread["model"] == kept["model"]
+    assert spread["activation_ratio"] == pytest.approx(kept["activation_ratio"], abs=1e-4)
+
+
+def test_device_auto_without_accelerate(
+    measure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neuron_sparsity.placement.find_spec", lambda name: None)
+    complaint = measure("record", "--device", "auto", "--out", tmp_path / "run").error()
+    assert "needs the package accelerate" in complaint
+    assert not (tmp_path / "run").exists()
