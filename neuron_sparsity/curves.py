@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError
@@ -178,29 +178,33 @@ class CurveRecorder:
         sums.maximum.copy_(torch.maximum(sums.maximum, largest.max()))
         self.n_tokens += len(flat) if layer == 0 else 0
 
-    def curves(self) -> CettCurves:
-        """Return what was measured so far. A layer that never put out anything has CETT 0 everywhere.
+    def curves(self, *, alike: bool = False) -> CettCurves:
+        """Return what was measured so far, by all ranks. A layer that never put out anything has CETT 0 everywhere.
+
+        Args:
+            alike: Whether all ranks have seen the same tokens, so that rank 0's sums are taken and nothing is added.
 
         Raises:
             MeasurementError: If a layer's post-activations were NaN or infinite.
         """
-        total = {
-            name: torch.stack([getattr(sums, name).cpu() for sums in self._sums]) for name in _Sums.__annotations__
-        }
+        own = {name: torch.stack([getattr(sums, name).cpu() for sums in self._sums]) for name in _Sums.__annotations__}
+        own |= {"tokens": torch.tensor(self.n_tokens), "thresholds": torch.from_numpy(self.thresholds)}
+        total = parallel.first(own) if alike else parallel.total(own, maxima=("maximum", "thresholds"))
+        n_tokens, thresholds = int(total["tokens"]), total["thresholds"].numpy()
         broken = (~torch.isfinite(total["output"])).nonzero()
         if len(broken):
             raise MeasurementError(
                 f"layer {self.adapter.info.layers[int(broken[0])]}: post-activations are NaN or infinite; check the "
                 "weights, or use --dtype float32"
             )
-        pairs = max(1, self.n_tokens * self.adapter.info.d_mlp)
+        pairs = max(1, n_tokens * self.adapter.info.d_mlp)
         return CettCurves(
-            threshold=self.thresholds.astype(np.float64),
+            threshold=thresholds.astype(np.float64),
             cett=(total["error"] / total["heard"].clamp_min(1)[:, None]).numpy(),
             activation_ratio=(total["active"].double() / pairs).numpy(),
             maximum=total["maximum"].numpy().astype(np.float64),
-            silent_tokens=(self.n_tokens - total["heard"]).numpy(),
-            n_tokens=self.n_tokens,
+            silent_tokens=(n_tokens - total["heard"]).numpy(),
+            n_tokens=n_tokens,
             nonzero_ratio=(total["nonzero"].double() / pairs).numpy(),
         )
 
@@ -258,7 +262,7 @@ def probe_curves(
 
     with torch.no_grad():
         adapter.final_residual(windows.tokens[chosen].long(), on_post)
-    return recorder.curves()
+    return recorder.curves(alike=True)
 
 
 def measure_curves(
@@ -285,8 +289,10 @@ def measure_curves(
     recorder = CurveRecorder(adapter, thresholds, backend=backend)
     if batch_size is None:
         batch_size = default_batch_size(adapter, windows.window)
+    batch_size = min(parallel.everyones("batch size", batch_size))
+    mine = parallel.share(windows.n_windows, batch_size)
     with torch.no_grad():
-        for _, tokens in batches(windows, batch_size, progress, label):
+        for _, tokens in batches(windows, batch_size, progress, label, mine.start, mine.stop):
             with memory_advice(len(tokens), windows.window):
                 adapter.final_residual(tokens, recorder.on_post)
     return recorder.curves()

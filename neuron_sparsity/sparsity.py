@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.curves import CettCurves, CurveRecorder, ascending, measure_curves, probe_curves
@@ -399,6 +399,7 @@ class _Search:
                 "dense_passes": seconds / max(dense_seconds, 1e-9),
             },
             provenance=provenance()
+            | parallel.described()
             | {"forward": self.adapter.forward, "backends": dict.fromkeys(("tail_error", "threshold_mask"), used)},
         )
 

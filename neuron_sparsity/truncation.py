@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.kernels.reference import contributions
@@ -71,6 +71,11 @@ class Truncation:
         self._active[layer] = self._active[layer] + active  # stays on the layer's device: no wait for it here
         self.pairs[layer] += flat.numel()
         return flat.view(z.shape)
+
+    def pool(self) -> None:
+        """Count what all ranks have counted; each calls this once, after its own windows."""
+        counted = parallel.total({"active": self.active, "pairs": self.pairs})
+        self._active, self.pairs = list(counted["active"]), counted["pairs"]
 
 
 @contextmanager
@@ -159,6 +164,7 @@ def truncated_losses(
         progress=progress,
         label=label,
     )
+    truncation.pool()
     return losses, truncation
 
 
