@@ -41,6 +41,7 @@ from neuron_sparsity.options import (
     check_question,
     check_sizes,
 )
+from neuron_sparsity.parallel import launched
 from neuron_sparsity.terminal import given, one_flag_a_text, one_line_errors, prepare, printable
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ __all__ = ["app", "main"]
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_CORPUS = "sotu"
 DEFAULT_TOKENS = 12_288
+PARALLEL = ("record", "sparsity")
+"""The commands that several processes can run together (torchrun)."""
 
 app = typer.Typer(
     help="Which neurons of a language model do anything, and how few does it need?",
@@ -140,6 +143,8 @@ def record(
     """Record the statistics of every neuron in one pass; an interrupted recording goes on where it stopped."""
     with _run(model, text, tokens, out, locals()) as run:
         stats = run.record()
+    if launched()[0] > 0:
+        return
     if as_json:
         _print_json({"folder": str(run.folder.path), "n_tokens": stats.n_tokens, "model": stats.model.to_json()})
     elif not quiet:
@@ -297,12 +302,16 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.callback(invoke_without_command=True)
+@one_line_errors
 def _version(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         typer.echo(f"neuron-sparsity {__version__}")
         raise typer.Exit
+    if launched()[1] > 1 and context.invoked_subcommand not in (None, *PARALLEL):
+        raise ValueError(f"{context.invoked_subcommand} runs as one process: start it without torchrun")
 
 
 def main() -> None:
@@ -315,23 +324,25 @@ def main() -> None:
 def _run(
     model: str, text: list[str] | None, tokens: int, out: Path | None, options: dict[str, Any], *, heldout: bool = False
 ) -> Iterator[Run]:
-    """Load model and corpus and open the run folder."""
+    """Load model and corpus and open the run folder; under torchrun, together with the other processes."""
+    from neuron_sparsity.parallel import own_device, session
     from neuron_sparsity.progress import progress_bar
 
     check_sizes(options)
-    show = not options["quiet"] and sys.stderr.isatty()
-    with progress_bar(show) as progress:
+    show = not options["quiet"] and sys.stderr.isatty() and launched()[0] == 0
+    device = own_device(options["device"])
+    with session(device), progress_bar(show) as progress:
         if progress:
             progress(f"loading {model}", 0, 0)
         from neuron_sparsity.adapter import attach, load_model
         from neuron_sparsity.corpus import load_corpus
         from neuron_sparsity.pipeline import Run
 
-        check_device(options["device"], options["backend"])
+        check_device(device, options["backend"])
         with redirect_stdout(io.StringIO()):  # stdout is for results, and some libraries print there
             loaded = load_model(
                 model,
-                device=options["device"],
+                device=device,
                 dtype=options["dtype"],
                 trust_remote_code=options["trust_remote_code"],
             )
@@ -363,7 +374,9 @@ def _conclude(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Print what was found."""
+    """Print what was found; one of several processes prints."""
+    if launched()[0] > 0:
+        return
     from neuron_sparsity.summary import summary_lines
 
     if as_json:
