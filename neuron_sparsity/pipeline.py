@@ -84,7 +84,8 @@ class Run:
             "model": {"name": info.name, "fingerprint": info.fingerprint, "dtype": info.dtype},
             "corpus": self.windows.describe(),
         }
-        parallel.agreed("model, text or way to run", request | {"calibration": self.calibration.sha256})
+        for what, value in (*request.items(), ("calibration part", self.calibration.sha256)):
+            parallel.agreed(what, value)
         with parallel.leader_first("the run folder is there"):
             if not parallel.leads() and not (Path(self.path) / "run.json").is_file():
                 raise RunFolderError(

@@ -138,16 +138,15 @@ def _partial(folder: Path) -> Path:
     make_folder(folder)
     stem, suffix = PARTIAL.removesuffix(".safetensors"), ".safetensors"
     position = parallel.position()
-    own = folder / (f"{stem}.{position}{suffix}" if position else PARTIAL)
-    of_all = own.name.replace(position, f"*-of-{position.rpartition('-')[2]}") if position else PARTIAL
-    for found in sorted(folder.glob(f"{stem}.*{suffix}")) + sorted(folder.glob(PARTIAL)):
-        if not found.match(of_all):
-            n_ranks = found.name.removesuffix(suffix).rpartition("-of-")[2] if found.name != PARTIAL else "1"
+    n_ranks = position.rpartition("-")[2] or "1"
+    for found in (*sorted(folder.glob(f"{stem}.*-of-*{suffix}")), *folder.glob(PARTIAL)):
+        begun = "1" if found.name == PARTIAL else found.name.removesuffix(suffix).rpartition("-of-")[2]
+        if begun != n_ranks:
+            processes = "one process" if begun == "1" else f"{begun} processes"
             raise RunFolderError(
-                f"{found} was begun with {n_ranks} process(es): go on with as many, or delete "
-                f"{folder / stem}.* to start afresh"
+                f"{found} was begun with {processes}: go on with as many, or delete {stem}.* there to start afresh"
             )
-    return own
+    return folder / (f"{stem}.{position}{suffix}" if position else PARTIAL)
 
 
 def _common_batch_size(begun: int | None, wanted: int) -> int:

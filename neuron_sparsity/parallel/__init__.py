@@ -28,7 +28,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuron_sparsity.errors import MeasurementError, RankError
-from neuron_sparsity.parallel.ranks import PATIENCE_SECONDS, Ranks, brief, place
+from neuron_sparsity.parallel.ranks import AGAIN, PATIENCE_SECONDS, Ranks, brief, place
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +103,9 @@ def session(device: str | None = None) -> Iterator[None]:
     Inside, `record` and `cett_ppl_sparsity` work on this rank's windows and return the result of all ranks, on every
     rank. Every rank must make the same calls. An error on one of them ends all.
 
+    SIGTERM, which torchrun sends when a rank is gone, interrupts inside; after an error it is ignored, so that the
+    reason can still be told before the process ends.
+
     Args:
         device: What `own_device` returned: of a GPU, data goes by NCCL.
 
@@ -125,6 +128,7 @@ def session(device: str | None = None) -> Iterator[None]:
             yield
             ranks.meet("the end")
         except BaseException as error:
+            _ignore_sigterm()
             known = _say_why(ranks, error)
             if known is not None:
                 raise known from error
@@ -144,9 +148,9 @@ def _say_why(ranks: Ranks | None, error: BaseException) -> RankError | None:
     asked = isinstance(error, KeyboardInterrupt)
     known = ranks.lost() if asked else None
     if known is None:
-        text = "it was interrupted" if asked else brief(error)
+        what = f"was interrupted; {AGAIN}" if asked else f"failed: {brief(error)}"
         with suppress(RuntimeError):  # the store may be gone; then nobody is left who could be told
-            ranks.tell(ranks.rank, text)
+            ranks.tell(ranks.rank, what)
     return known
 
 
@@ -162,7 +166,8 @@ def _arrive(rank: int, size: int, device: str) -> Ranks:
         store = next(dist.rendezvous("env://", timeout=timedelta(seconds=PATIENCE_SECONDS)))[0]
     except (RuntimeError, ValueError) as error:
         raise RankError(f"torchrun's store cannot be reached: {brief(error)}") from error
-    store = dist.PrefixStore(f"neuron_sparsity/{next(_CALLS)}", store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store over restarts
+    store = dist.PrefixStore(f"neuron_sparsity/{attempt}/{next(_CALLS)}", store)
     return Ranks(store, rank, size, device if device.startswith("cuda") else "cpu")
 
 
@@ -311,7 +316,7 @@ def total(tensors: Mapping[str, Tensor], *, maxima: Collection[str] = ()) -> dic
     summed = {}
     with ranks.exchanged(_step("the total of", tensors)):
         for name, tensor in tensors.items():
-            copy = tensor.detach().to(ranks.device, copy=True)
+            copy = tensor.detach().to(ranks.device, copy=True).contiguous()
             if copy.numel():
                 dist.all_reduce(copy, dist.ReduceOp.MAX if name in maxima else dist.ReduceOp.SUM)
             summed[name] = copy.to(tensor.device)
@@ -328,7 +333,7 @@ def first(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     taken = {}
     with ranks.exchanged(_step("rank 0's", tensors)):
         for name, tensor in tensors.items():
-            copy = tensor.detach().to(ranks.device, copy=True)
+            copy = tensor.detach().to(ranks.device, copy=True).contiguous()
             if copy.numel():
                 dist.broadcast(copy, src=0)
             taken[name] = copy.to(tensor.device)
@@ -362,20 +367,23 @@ def _shown(value: Any) -> str:
 
 @contextmanager
 def _stop_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM, which torchrun sends when a rank is gone, into KeyboardInterrupt. Only in the main thread."""
+    """Turn SIGTERM into KeyboardInterrupt; after an error, ignore it. Only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)  # what is left to do is short, and not to be interrupted again
+        signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _ignore_sigterm() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 @contextmanager

@@ -17,14 +17,15 @@ from typing import Any
 
 from neuron_sparsity.errors import RankError
 
-__all__ = ["PATIENCE_SECONDS", "Ranks", "brief", "place"]
+__all__ = ["AGAIN", "PATIENCE_SECONDS", "Ranks", "brief", "place"]
 
 PATIENCE_SECONDS = 1800.0
 """How long a rank that gives no sign is waited for: longer than any model takes to load or any batch to run."""
 
 _FAILURE = "failure"  # the key of the first trouble; whoever sees it first writes it
 _LINGER_SECONDS = 10.0
-_AGAIN = "start the same command again: a recording goes on from what is in its folder"
+AGAIN = "start the same command again: a recording goes on from what is in its folder"
+_GONE = f"is gone (killed, or out of memory?); {AGAIN}"
 
 
 class Ranks:
@@ -63,16 +64,17 @@ class Ranks:
             dead = [rank for rank in missing if self._is_dead(rank)]
             for rank in dead:
                 if not self.store.check([keys[rank]]):  # else it came here, and left for good while we looked
-                    self.tell(rank, None)
+                    self.tell(rank, _GONE)
             self._raise_failure()
             for rank in missing:
                 sign = self._sign(rank)
                 if sign != signs[rank][0]:
                     signs[rank] = (sign, time.monotonic())
                 elif time.monotonic() - signs[rank][1] > self.patience:
-                    self.tell(rank, f"it gives no sign for {self.patience:g} seconds")
+                    self.tell(rank, f"gives no sign for {self.patience:g} seconds; {AGAIN}")
             time.sleep(pause)
             pause = min(0.1, 1.5 * pause)
+        self._raise_failure()  # one may have come here and then left for a trouble that it saw
 
     def alive(self) -> None:
         """Give a sign, and look after the others; at most once a second.
@@ -96,9 +98,9 @@ class Ranks:
             return error
         return None
 
-    def tell(self, rank: int, text: str | None) -> None:
-        """Tell all ranks of a trouble with one of them, unless they know of another; None: its process is gone."""
-        self.store.compare_set(_FAILURE, "", json.dumps([rank, text]))
+    def tell(self, rank: int, what: str) -> None:
+        """Tell all ranks what happened to one of them, unless they know of another trouble."""
+        self.store.compare_set(_FAILURE, "", json.dumps([rank, what]))
 
     def leave(self) -> None:
         """Say that this rank looks no more into the store. The process that holds it, if torchrun does not, waits."""
@@ -124,7 +126,7 @@ class Ranks:
             until = time.monotonic() + 3.0  # a process that was killed a moment ago may still be there
             while (known := self.lost()) is None and time.monotonic() < until:
                 time.sleep(0.1)
-            raise known or RankError(f"an exchange between the ranks broke ({brief(error)}); {_AGAIN}") from error
+            raise known or RankError(f"an exchange between the ranks broke ({brief(error)}); {AGAIN}") from error
 
     @contextmanager
     def _store_is_there(self) -> Iterator[None]:
@@ -132,22 +134,20 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RankError(
-                f"torchrun, or the process that holds its store, is gone or out of reach ({brief(error)}); {_AGAIN}"
+                f"torchrun, or the process that holds its store, is gone or out of reach ({brief(error)}); {AGAIN}"
             ) from error
 
     def _look(self) -> None:
         self._raise_failure()
         for rank in self.others:
             if self._is_dead(rank):
-                self.tell(rank, None)
+                self.tell(rank, _GONE)
         self._raise_failure()
 
     def _raise_failure(self) -> None:
         if self.store.check([_FAILURE]):
-            rank, text = json.loads(self.store.get(_FAILURE))
-            if text is None:
-                raise RankError(f"{self._name(rank)} is gone (killed, or out of memory?); {_AGAIN}")
-            raise RankError(f"{self._name(rank)} failed: {text}")
+            rank, what = json.loads(self.store.get(_FAILURE))
+            raise RankError(f"{self._name(rank)} {what}")
 
     def _sign(self, rank: int) -> str:
         key = f"sign/{rank}"

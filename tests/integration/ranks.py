@@ -11,6 +11,7 @@ import os
 import pickle
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -130,7 +131,7 @@ def plain(stats: Any) -> dict[str, Any]:
 def record_part(
     rank: int, model_folder: str, text: list[list[int]], out: Path, killed: int | None, after: int
 ) -> tuple[dict[str, Any], list[int]]:
-    """Record with a state on disk after every batch; rank `killed` is gone after so many batches of its own."""
+    """Record; rank `killed` is gone after so many batches, each of which it has kept. The last rank is slow then."""
     from neuron_sparsity.adapter import load_model
     from neuron_sparsity.recorder import record
 
@@ -138,8 +139,10 @@ def record_part(
 
     def progress(label: str, done: int, total: int) -> None:
         shown.append(done)
-        if rank == killed and len(shown) == after + 2:  # it is shown before the first batch, too
+        if rank == killed and len(shown) == after + 1:  # it is shown before the first batch, too
             os.kill(os.getpid(), signal.SIGKILL)
+        if killed is not None and rank == 2 and len(shown) == 2:
+            time.sleep(1.5)  # so it learns of the loss in the middle of its windows
 
     stats = record(
         load_model(model_folder),
@@ -148,7 +151,7 @@ def record_part(
         folder=out,
         batch_size=BATCH,
         n_examples=3,
-        checkpoint_seconds=0.0,
+        checkpoint_seconds=0.0 if rank == killed else 60.0,
         progress=progress,
     )
     return plain(stats), shown
