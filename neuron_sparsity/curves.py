@@ -178,18 +178,15 @@ class CurveRecorder:
         sums.maximum.copy_(torch.maximum(sums.maximum, largest.max()))
         self.n_tokens += len(flat) if layer == 0 else 0
 
-    def curves(self, *, alike: bool = False) -> CettCurves:
+    def curves(self) -> CettCurves:
         """Return what was measured so far, by all ranks. A layer that never put out anything has CETT 0 everywhere.
-
-        Args:
-            alike: Whether all ranks have seen the same tokens, so that rank 0's sums are taken and nothing is added.
 
         Raises:
             MeasurementError: If a layer's post-activations were NaN or infinite.
         """
         own = {name: torch.stack([getattr(sums, name).cpu() for sums in self._sums]) for name in _Sums.__annotations__}
         own |= {"tokens": torch.tensor(self.n_tokens), "thresholds": torch.from_numpy(self.thresholds)}
-        total = parallel.first(own) if alike else parallel.total(own, maxima=("maximum", "thresholds"))
+        total = parallel.total(own, maxima=("maximum", "thresholds"))
         n_tokens, thresholds = int(total["tokens"]), total["thresholds"].numpy()
         broken = (~torch.isfinite(total["output"])).nonzero()
         if len(broken):
@@ -262,7 +259,8 @@ def probe_curves(
 
     with torch.no_grad():
         adapter.final_residual(windows.tokens[chosen].long(), on_post)
-    return recorder.curves(alike=True)
+    with parallel.alike():
+        return recorder.curves()
 
 
 def measure_curves(

@@ -4,7 +4,7 @@
    passes over the corpus are divided: `share` gives a rank its run of whole batches, the very batches that one process
    makes, so that counts are equal and not merely close.
 2. After a pass `total` adds up (sums, counts, losses) and `gather` collects. All ranks get the same bits, so all of
-   them decide alike; what each rank measures alone is taken from rank 0 (`first`).
+   them decide alike; what is too short to divide each measures whole, and rank 0's is taken (`alike`).
 3. Before every exchange the ranks `meet` in torchrun's store, where each says which step it is at. Whoever waits there
    looks after the others: a rank that has failed has said why, one that is gone has no process any more, and one
    that gives no sign for half an hour counts as gone. All ranks then end with the same RankError.
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "agreed",
+    "alike",
     "alive",
     "described",
     "everyones",
@@ -94,6 +95,7 @@ def own_device(device: str | None) -> str | None:
 
 
 _SESSION: ContextVar[Ranks | None] = ContextVar("ranks", default=None)
+_ALIKE: ContextVar[bool] = ContextVar("alike", default=False)
 
 
 @contextmanager
@@ -248,6 +250,16 @@ def leader_first(step: str) -> Iterator[None]:
         meet(step)
 
 
+@contextmanager
+def alike() -> Iterator[None]:
+    """Have every rank run on all windows while the context is open, and take rank 0's numbers instead of totals."""
+    token = _ALIKE.set(True)
+    try:
+        yield
+    finally:
+        _ALIKE.reset(token)
+
+
 def share(n_windows: int, batch_size: int) -> range:
     """Return the windows of this rank: a run of whole batches, of those that one process would make.
 
@@ -261,7 +273,7 @@ def share(n_windows: int, batch_size: int) -> range:
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     ranks = _SESSION.get()
-    return range(n_windows) if ranks is None else _part(n_windows, batch_size, ranks.rank, ranks.size)
+    return range(n_windows) if ranks is None or _ALIKE.get() else _part(n_windows, batch_size, ranks.rank, ranks.size)
 
 
 def _part(n_windows: int, batch_size: int, rank: int, size: int) -> range:
@@ -309,8 +321,8 @@ def total(tensors: Mapping[str, Tensor], *, maxima: Collection[str] = ()) -> dic
     What only one rank knows comes through unchanged if the others hold zeros. Integers are exact.
     """
     ranks = _SESSION.get()
-    if ranks is None:
-        return dict(tensors)
+    if ranks is None or _ALIKE.get():
+        return first(tensors)
     import torch.distributed as dist
 
     summed = {}

@@ -196,10 +196,13 @@ def exchange(rank: int) -> dict[str, Any]:
     order: list[int] = []
     with parallel.leader_first("in order"):
         order.append(rank)
+    with parallel.alike():
+        alike = (parallel.total(own)["sum"].tolist(), parallel.share(10, 2))
     return {
         "total": {name: value.tolist() for name, value in parallel.total(own, maxima=("top",)).items()},
         "own": own["sum"].tolist(),
         "first": parallel.first(own)["sum"].tolist(),
+        "alike": alike,
         "gather": [value.tolist() for value in parallel.gather(torch.tensor([rank]))],
         "everyones": parallel.everyones("name", f"rank {rank}"),
         "share": parallel.share(10, 2),

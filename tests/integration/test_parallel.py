@@ -109,6 +109,7 @@ def test_what_goes_between_ranks(tmp_path: Path) -> None:
         assert left.value["total"] == {"sum": [3, 3 * 2**53 + 3], "top": [2.0, -1.0], "none": []}
         assert left.value["own"] == [rank, 2**53 + rank], "what was given is not changed"
         assert left.value["first"] == [0, 2**53]
+        assert left.value["alike"] == ([0, 2**53], range(10))
         assert left.value["gather"] == [[0], [1], [2]]
         assert left.value["everyones"] == ["rank 0", "rank 1", "rank 2"]
         assert left.value["share"] == [range(0, 4), range(4, 8), range(8, 10)][rank]
