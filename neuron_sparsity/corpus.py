@@ -149,15 +149,15 @@ class Windows:
         others = sorted(set(range(self.n_windows)) - set(chosen))
         return self._pick(chosen, f"{self.name}[calibration]"), self._pick(others, f"{self.name}[held-out]")
 
-    def take(self, n_windows: int) -> Windows:
-        """Return `n_windows` of the windows, evenly spaced and in order, so that they still cover the whole text.
+    def take(self, n_windows: int, *, spread: bool = True) -> Windows:
+        """Return `n_windows` of the windows in order: evenly spaced, so that they still cover the text, or the first.
 
         Raises:
             ValueError: If `n_windows` is less than 1 or more than there are.
         """
         if not 1 <= n_windows <= self.n_windows:
             raise ValueError(f"n_windows must be 1 to {self.n_windows}, got {n_windows}")
-        return self._pick(_spread(self.n_windows, n_windows), self.name)
+        return self._pick(_spread(self.n_windows, n_windows) if spread else range(n_windows), self.name)
 
     def describe(self) -> dict[str, Any]:
         """Return what a result must record about its corpus; plain values, ready for JSON."""

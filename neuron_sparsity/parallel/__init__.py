@@ -18,9 +18,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
-import sys
-import threading
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -28,7 +25,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from neuron_sparsity.errors import MeasurementError, RankError
-from neuron_sparsity.parallel.ranks import AGAIN, PATIENCE_SECONDS, Ranks, brief, place
+from neuron_sparsity.parallel.process import brief, ignore_sigterm, place, stdout_to_stderr, stop_on_sigterm
+from neuron_sparsity.parallel.ranks import AGAIN, PATIENCE_SECONDS, Ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +39,7 @@ __all__ = [
     "everyones",
     "first",
     "gather",
+    "joined",
     "launched",
     "leader_first",
     "leads",
@@ -120,7 +119,7 @@ def session(device: str | None = None) -> Iterator[None]:
         return
     import torch.distributed as dist
 
-    with _stop_on_sigterm():
+    with stop_on_sigterm():
         ranks: Ranks | None = None
         token = _SESSION.set(None)
         try:
@@ -130,7 +129,7 @@ def session(device: str | None = None) -> Iterator[None]:
             yield
             ranks.meet("the end")
         except BaseException as error:
-            _ignore_sigterm()
+            ignore_sigterm()
             known = _say_why(ranks, error)
             if known is not None:
                 raise known from error
@@ -183,7 +182,7 @@ def _connect(ranks: Ranks) -> None:
     ranks.homes = {rank: (place, pid) for rank, (place, pid, _) in enumerate(homes)}
     if len({gpu for *_, gpu in homes}) > 1:
         raise RankError("some ranks have a GPU and some have none; give all of them --device cpu")
-    with ranks.exchanged("connecting"), _stdout_to_stderr():  # where gloo of some versions prints
+    with ranks.exchanged("connecting"), stdout_to_stderr():  # where gloo of some versions prints
         if on_gpu:
             torch.cuda.set_device(ranks.device)
         dist.init_process_group(
@@ -368,6 +367,18 @@ def gather(tensor: Tensor) -> list[Tensor]:
     return [part.to(tensor.device) for part in parts]
 
 
+def joined(rows: Tensor) -> Tensor:
+    """Return the rows of all ranks one after the other, in the order of ranks; each may have another number."""
+    lengths = [len(rows)] if _ALIKE.get() else everyones("number of rows", len(rows))
+    if len(lengths) == 1:
+        return first({"rows": rows})["rows"]
+    padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+    padded[: len(rows)] = rows
+    import torch
+
+    return torch.cat([part[:length] for part, length in zip(gather(padded), lengths, strict=True)])
+
+
 def _step(what: str, tensors: Mapping[str, Tensor]) -> str:
     return f"{what} {', '.join(f'{name} {tensor.dtype} {list(tensor.shape)}' for name, tensor in tensors.items())}"
 
@@ -375,37 +386,3 @@ def _step(what: str, tensors: Mapping[str, Tensor]) -> str:
 def _shown(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-@contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt; after an error, ignore it. Only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    yield
-    signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-def _ignore_sigterm() -> None:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """Send what C++ prints to stderr: stdout is for results."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        os.dup2(2, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 from neuron_sparsity.errors import RankError
+from neuron_sparsity.parallel.process import brief, place, runs
 
-__all__ = ["AGAIN", "PATIENCE_SECONDS", "Ranks", "brief", "place"]
+__all__ = ["AGAIN", "PATIENCE_SECONDS", "Ranks"]
 
 PATIENCE_SECONDS = 1800.0
 """How long a rank that gives no sign is waited for: longer than any model takes to load or any batch to run."""
@@ -156,33 +155,7 @@ class Ranks:
     def _is_dead(self, rank: int) -> bool:
         """Whether a rank on this machine has no process any more; of other machines torchrun tells."""
         home, pid = self.homes.get(rank, ("", 0))
-        return home == place() and not _runs(pid)
+        return home == place() and not runs(pid)
 
     def _name(self, rank: int) -> str:
         return f"rank {rank} of {self.size}"
-
-
-def brief(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def place() -> str:
-    """Name the machine and process space in which a process number means something."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    except OSError:
-        return socket.gethostname()
-
-
-def _runs(pid: int) -> bool:
-    """Whether a process of this machine is there, and not merely unburied."""
-    try:
-        os.kill(pid, 0)
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
-    except ProcessLookupError:
-        return False
-    except OSError:  # not ours to signal, or no /proc: it is there
-        return True
-    return not state or state[0] not in "ZX"

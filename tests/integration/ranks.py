@@ -197,13 +197,14 @@ def exchange(rank: int) -> dict[str, Any]:
     with parallel.leader_first("in order"):
         order.append(rank)
     with parallel.alike():
-        alike = (parallel.total(own)["sum"].tolist(), parallel.share(10, 2))
+        alike = (parallel.total(own)["sum"].tolist(), parallel.share(10, 2), parallel.joined(own["sum"]).tolist())
     return {
         "total": {name: value.tolist() for name, value in parallel.total(own, maxima=("top",)).items()},
         "own": own["sum"].tolist(),
         "first": parallel.first(own)["sum"].tolist(),
         "alike": alike,
         "gather": [value.tolist() for value in parallel.gather(torch.tensor([rank]))],
+        "joined": parallel.joined(torch.arange(rank)).tolist(),
         "everyones": parallel.everyones("name", f"rank {rank}"),
         "share": parallel.share(10, 2),
         "who": (parallel.position(), parallel.leads(), parallel.described()),

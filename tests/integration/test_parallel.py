@@ -43,9 +43,18 @@ def text(tiny_hf_models: Callable[..., Any], sample_tokens: Callable[..., Any]) 
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, model_folder: str, text: list[list[int]]) -> list[Any]:
-    """What one process finds on all the text, and on two windows of it."""
-    (left,) = run_ranks(1, measure, tmp_path_factory.mktemp("alone"), model_folder, text, text[:2])
+def long_text(tiny_hf_models: Callable[..., Any], sample_tokens: Callable[..., Any]) -> list[list[int]]:
+    """More than 4,096 tokens: CETT is checked on the first batches only, which rank 0 has."""
+    tokens = sample_tokens(tiny_hf_models("opt"), 66, window=64)
+    return list(tokens.tolist())
+
+
+@pytest.fixture(scope="module")
+def alone(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: str, text: list[list[int]], long_text: list[list[int]]
+) -> list[Any]:
+    """What one process finds on all the text, on two windows of it, and on a long one."""
+    (left,) = run_ranks(1, measure, tmp_path_factory.mktemp("alone"), model_folder, text, text[:2], long_text)
     assert left.error is None
     return list(left.value)
 
@@ -79,10 +88,15 @@ def assert_same_json(found: Any, expected: Any, where: str = "") -> None:
 
 @pytest.mark.parametrize("n_ranks", [2, 3])
 def test_several_ranks_find_what_one_process_does(
-    tmp_path: Path, model_folder: str, text: list[list[int]], alone: list[Any], n_ranks: int
+    tmp_path: Path,
+    model_folder: str,
+    text: list[list[int]],
+    long_text: list[list[int]],
+    alone: list[Any],
+    n_ranks: int,
 ) -> None:
     """The second text is one batch: all ranks but one have no windows."""
-    ranks = run_ranks(n_ranks, measure, tmp_path, model_folder, text, text[:2])
+    ranks = run_ranks(n_ranks, measure, tmp_path, model_folder, text, text[:2], long_text)
     for left in ranks:
         assert left.error is None
         for (stats, result), (stats_alone, result_alone) in zip(left.value, alone, strict=True):
@@ -109,8 +123,9 @@ def test_what_goes_between_ranks(tmp_path: Path) -> None:
         assert left.value["total"] == {"sum": [3, 3 * 2**53 + 3], "top": [2.0, -1.0], "none": []}
         assert left.value["own"] == [rank, 2**53 + rank], "what was given is not changed"
         assert left.value["first"] == [0, 2**53]
-        assert left.value["alike"] == ([0, 2**53], range(10))
+        assert left.value["alike"] == ([0, 2**53], range(10), [0, 2**53])
         assert left.value["gather"] == [[0], [1], [2]]
+        assert left.value["joined"] == [0, 0, 1]
         assert left.value["everyones"] == ["rank 0", "rank 1", "rank 2"]
         assert left.value["share"] == [range(0, 4), range(4, 8), range(8, 10)][rank]
         assert left.value["who"] == (f"{rank}-of-3", rank == 0, {"processes": 3})

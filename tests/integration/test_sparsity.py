@@ -259,7 +259,7 @@ def test_a_tiny_p_ends_and_says_what_it_measured(llama: SimpleNamespace) -> None
 def test_not_reached_is_never_said_without_a_look_at_cett_one(
     llama: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neuron_sparsity.sparsity._MAX_EVALUATIONS", 1)
+    monkeypatch.setattr("neuron_sparsity.cett_search._MAX_PASSES", 1)
     monkeypatch.setattr("neuron_sparsity.sparsity._FIRST_CETT", 1e-5)
     result = cett_ppl_sparsity(llama.model, llama.windows.take(4), p_percent=3.0)
     untouched, first, last = [one["cett"] for one in result.evaluations][:3]

@@ -14,7 +14,8 @@ import pytest
 from neuron_sparsity import parallel
 from neuron_sparsity.errors import RankError
 from neuron_sparsity.parallel import ranks as ranks_module
-from neuron_sparsity.parallel.ranks import Ranks, place
+from neuron_sparsity.parallel.process import place
+from neuron_sparsity.parallel.ranks import Ranks
 
 dist = pytest.importorskip("torch.distributed")
 
@@ -107,7 +108,7 @@ def test_who_came_and_left_is_not_gone(two: tuple[Ranks, Ranks], monkeypatch: py
         two[1].store.set("1/1", '["here", null]')
         return False
 
-    monkeypatch.setattr(ranks_module, "_runs", dies_after_arriving)
+    monkeypatch.setattr(ranks_module, "runs", dies_after_arriving)
     assert two[0].meet("here") == [None, None]
 
 
