@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons
     from neuron_sparsity.adapter import attach, load_model
     from neuron_sparsity.corpus import Windows, load_corpus
-    from neuron_sparsity.errors import CorpusError, MeasurementError, ModelError, NeuronSparsityError, RunFolderError
+    from neuron_sparsity.errors import (
+        CorpusError,
+        MeasurementError,
+        ModelError,
+        NeuronSparsityError,
+        RankError,
+        RunFolderError,
+    )
     from neuron_sparsity.laws import LawFit, fit_joint, fit_law, fit_scale, fit_width_depth
     from neuron_sparsity.perplexity import perplexity
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
@@ -51,6 +58,7 @@ __all__ = [
     "ModelError",
     "NeuronSparsityError",
     "NeuronStatistics",
+    "RankError",
     "Ranking",
     "RunFolderError",
     "SparsityResult",
@@ -87,6 +95,7 @@ _MODULE_OF = {
     "ModelError": "errors",
     "NeuronSparsityError": "errors",
     "NeuronStatistics": "recorder",
+    "RankError": "errors",
     "Ranking": "ranking",
     "RunFolderError": "errors",
     "SparsityResult": "sparsity",

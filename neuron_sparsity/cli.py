@@ -48,9 +48,13 @@ from neuron_sparsity.options import (
     Tokens,
     check_question,
 )
+from neuron_sparsity.parallel import launched
 from neuron_sparsity.terminal import given, one_flag_a_text, one_line_errors, prepare
 
 __all__ = ["app", "main"]
+
+PARALLEL = ("record", "sparsity")
+"""The commands that several processes can run together (torchrun)."""
 
 app = typer.Typer(
     help="Which neurons of a language model do anything, and how few does it need?",
@@ -138,6 +142,8 @@ def record(
     """Record the statistics of every neuron in one pass; an interrupted recording goes on where it stopped."""
     with open_run(model, text, tokens, out, locals()) as run:
         stats = run.record()
+    if launched()[0] > 0:
+        return
     if as_json:
         print_json({"folder": str(run.folder.path), "n_tokens": stats.n_tokens, "model": stats.model.to_json()})
     elif not quiet:
@@ -300,12 +306,16 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.callback(invoke_without_command=True)
+@one_line_errors
 def _version(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         typer.echo(f"neuron-sparsity {__version__}")
         raise typer.Exit
+    if launched()[1] > 1 and context.invoked_subcommand not in (None, *PARALLEL):
+        raise ValueError(f"{context.invoked_subcommand} runs as one process: start it without torchrun")
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from neuron_sparsity.options import check_device, check_sizes
+from neuron_sparsity.parallel import launched, own_device, session
 from neuron_sparsity.terminal import printable
 
 if TYPE_CHECKING:
@@ -46,22 +47,23 @@ DEFAULT_TOKENS = 12_288
 def open_run(
     model: str, text: list[str] | None, tokens: int, out: Path | None, options: dict[str, Any], *, heldout: bool = False
 ) -> Iterator[Run]:
-    """Load model and corpus and open the run folder."""
+    """Load model and corpus and open the run folder; under torchrun, together with the other processes."""
     from neuron_sparsity.progress import progress_bar
 
     check_sizes(options)
-    show = not options["quiet"] and sys.stderr.isatty()
-    with progress_bar(show) as progress:
+    show = not options["quiet"] and sys.stderr.isatty() and launched()[0] == 0
+    device = own_device(options["device"])
+    with session(device), progress_bar(show) as progress:
         if progress:
             progress(f"loading {model}", 0, 0)
         from neuron_sparsity.adapter import attach, load_model
         from neuron_sparsity.pipeline import Run
 
-        check_device(options["device"], options["backend"])
+        check_device(device, options["backend"])
         with redirect_stdout(io.StringIO()):  # stdout is for results, and some libraries print there
             loaded = load_model(
                 model,
-                device=options["device"],
+                device=device,
                 dtype=options["dtype"],
                 trust_remote_code=options["trust_remote_code"],
             )
@@ -101,7 +103,9 @@ def conclude(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Print what was found."""
+    """Print what was found; one of several processes prints."""
+    if launched()[0] > 0:
+        return
     from neuron_sparsity.summary import summary_lines
 
     if as_json:

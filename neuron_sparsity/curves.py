@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError
@@ -189,7 +189,7 @@ class CurveRecorder:
         self.adapter, self.backend = adapter, backend
         self.thresholds = thresholds.astype(np.float32)
         self.n_tokens, self.head_tokens = 0, head_tokens
-        self._head: CettCurves | None = None
+        self._head: dict[str, Tensor] | None = None
         devices = [norm.device for norm in adapter.w_norms]
         for device in devices:
             kernels.choose(device, backend)  # refuse a backend that cannot run before anything runs
@@ -211,33 +211,42 @@ class CurveRecorder:
         sums.maximum.copy_(torch.maximum(sums.maximum, largest.max()))
         self.n_tokens += len(flat) if layer == 0 else 0
         if self._head is None and layer == len(self._sums) - 1 and 0 < self.head_tokens <= self.n_tokens:
-            self._head = self.curves()
+            self._head = self._seen()
 
     def curves(self) -> CettCurves:
-        """Return what was measured so far. A layer that never put out anything has CETT 0 everywhere.
+        """Return what was measured so far, by all ranks. A layer that never put out anything has CETT 0 everywhere.
 
         Raises:
             MeasurementError: If a layer's post-activations were NaN or infinite.
         """
-        total = {
-            name: torch.stack([getattr(sums, name).cpu() for sums in self._sums]) for name in _Sums.__annotations__
-        }
+        head = None
+        if parallel.everyones("the first batches are apart", self._head is not None)[0]:  # rank 0 has the first
+            head = self._curves(parallel.first(self._head or self._seen()))
+        return self._curves(parallel.total(self._seen(), maxima=("maximum", "thresholds")), head)
+
+    def _seen(self) -> dict[str, Tensor]:
+        """Return the sums of this rank, on the CPU."""
+        own = {name: torch.stack([getattr(sums, name).cpu() for sums in self._sums]) for name in _Sums.__annotations__}
+        return own | {"tokens": torch.tensor(self.n_tokens), "thresholds": torch.from_numpy(self.thresholds.copy())}
+
+    def _curves(self, total: dict[str, Tensor], head: CettCurves | None = None) -> CettCurves:
+        n_tokens = int(total["tokens"])
         broken = (~torch.isfinite(total["output"])).nonzero()
         if len(broken):
             raise MeasurementError(
                 f"layer {self.adapter.info.layers[int(broken[0])]}: post-activations are NaN or infinite; check the "
                 "weights, or use --dtype float32"
             )
-        pairs = max(1, self.n_tokens * self.adapter.info.d_mlp)
+        pairs = max(1, n_tokens * self.adapter.info.d_mlp)
         return CettCurves(
-            threshold=self.thresholds.astype(np.float64),
+            threshold=total["thresholds"].numpy().astype(np.float64),
             cett=(total["error"] / total["heard"].clamp_min(1)[:, None]).numpy(),
             activation_ratio=(total["active"].double() / pairs).numpy(),
             maximum=total["maximum"].numpy().astype(np.float64),
-            silent_tokens=(self.n_tokens - total["heard"]).numpy(),
-            n_tokens=self.n_tokens,
+            silent_tokens=(n_tokens - total["heard"]).numpy(),
+            n_tokens=n_tokens,
             nonzero_ratio=(total["nonzero"].double() / pairs).numpy(),
-            head=self._head,
+            head=head,
         )
 
 
@@ -328,8 +337,10 @@ def measure_curves(
     recorder = CurveRecorder(adapter, thresholds, backend=backend, head_tokens=head_tokens)
     if batch_size is None:
         batch_size = default_batch_size(adapter, windows.window)
+    batch_size = min(parallel.everyones("batch size", batch_size))
+    mine = parallel.share(windows.n_windows, batch_size)
     with torch.no_grad():
-        for _, tokens in batches(windows, batch_size, progress, label):
+        for _, tokens in batches(windows, batch_size, progress, label, mine.start, mine.stop):
             with memory_advice(len(tokens), windows.window):
                 adapter.final_residual(tokens, recorder.on_post)
     return recorder.curves()

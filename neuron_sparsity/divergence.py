@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from neuron_sparsity import parallel
 from neuron_sparsity.adapter import MLPAdapter
 from neuron_sparsity.corpus import Windows
 
@@ -116,6 +117,10 @@ class Comparison:
         """Take in the next rows of the pass (`on_rows` of `perplexity.token_losses`)."""
         self.kl.view(-1)[rows.index] = self._reference._kl(self._done, rows).cpu()
         self._done += len(rows.index)
+
+    def pool(self) -> None:
+        """Take in the other ranks' positions; each calls this once, after its own windows."""
+        self.kl = parallel.total({"kl": self.kl})["kl"]
 
 
 class _Rows:

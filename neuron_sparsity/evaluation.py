@@ -21,12 +21,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.curves import CettCurves, CurveRecorder, ProbeRecorder, ascending, measure_curves
 from neuron_sparsity.divergence import DenseReference
-from neuron_sparsity.perplexity import Progress, mean_loss, token_losses
+from neuron_sparsity.perplexity import Progress, default_batch_size, mean_loss, token_losses
 from neuron_sparsity.search import next_cett
 from neuron_sparsity.truncation import truncated_losses
 
@@ -118,6 +118,10 @@ class Evaluator:
         self.evaluations: list[Evaluation] = []
         self.checked_tokens = 0
         self._options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
+        if batch_size is None:
+            batch_size = default_batch_size(adapter, windows.window)
+        # One for all passes: a rank compares a truncated pass with what its own dense pass left behind.
+        self._paired = self._options | {"batch_size": min(parallel.everyones("batch size", batch_size))}
         self._dense: Tensor
         self._reference: DenseReference
         self._probe: CettCurves
@@ -129,7 +133,10 @@ class Evaluator:
             targets: In nats, ascending.
             first: Where to look first, one for each.
         """
-        part = self._part()
+        with parallel.alike():  # a few windows: all ranks run on all of them
+            return self._all_rough(self._part(), targets, first)
+
+    def _all_rough(self, part: Windows, targets: Sequence[float], first: Sequence[float]) -> list[float]:
         reference = DenseReference(self.adapter, part)
         probe = ProbeRecorder(self.adapter, max(1, part.n_tokens // _PROBE_ROWS), backend=self.backend)
         start = time.perf_counter()
@@ -146,6 +153,7 @@ class Evaluator:
         for _ in range(_ROUGH_PASSES):
             comparison = reference.comparison()
             self._truncated(part, self._probe.thresholds_at(cett), "rough search", on_rows=comparison.take)
+            comparison.pool()
             points.append((cett, mean_loss(comparison.kl, part.scored)))
             cett = next_cett(points, target, prior_slope=KL_SLOPE)
             if abs(math.log(cett / points[-1][0])) < _ROUGH_STEP or cett >= 1.0:
@@ -182,6 +190,7 @@ class Evaluator:
         losses, truncation = self._truncated(
             self.windows, thresholds, f"truncated pass, CETT {cett:.4f}", on_rows=comparison.take
         )
+        comparison.pool()
         mean_loss(losses, self.windows.scored)  # NaN and infinity are refused here
         difference = (losses - self._dense).double()
         made = Evaluation(
@@ -221,7 +230,7 @@ class Evaluator:
 
     def _losses(self, windows: Windows, label: str, **hooks: Any) -> Float[Tensor, "window pos"]:
         self.passes += windows.n_tokens / self.windows.n_tokens
-        return token_losses(self.adapter, windows, label=label, **hooks, **self._options)
+        return token_losses(self.adapter, windows, label=label, **hooks, **self._paired)
 
     def _measure(self, cuts: Float[np.ndarray, "layer k"], label: str, n_windows: int | None = None) -> CettCurves:
         text = self.calibration if n_windows is None else self.calibration.take(n_windows, spread=False)
@@ -234,5 +243,5 @@ class Evaluator:
     def _truncated(self, windows: Windows, thresholds: Sequence[float], label: str, **hooks: Any) -> tuple[Tensor, Any]:
         self.passes += windows.n_tokens / self.windows.n_tokens
         return truncated_losses(
-            self.adapter, windows, thresholds, backend=self.backend, label=label, **hooks, **self._options
+            self.adapter, windows, thresholds, backend=self.backend, label=label, **hooks, **self._paired
         )

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from neuron_sparsity import parallel
 from neuron_sparsity.adapter import MLPAdapter, PostHook, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.divergence import ScoredRows
@@ -116,12 +117,14 @@ def token_losses(
         batch_size = default_batch_size(adapter, windows.window)
     if not adapter.chunked_logits:
         batch_size = min(batch_size, 1)
+    batch_size = min(parallel.everyones("batch size", batch_size))
+    mine = parallel.share(windows.n_windows, batch_size)
     losses = torch.zeros(windows.tokens.shape)
     with torch.no_grad():
-        for start, tokens in batches(windows, batch_size, progress, label):
+        for start, tokens in batches(windows, batch_size, progress, label, mine.start, mine.stop):
             stop = start + len(tokens)
             losses[start:stop] = _batch_losses(adapter, tokens, windows.scored[start:stop], start, on_post, on_rows)
-    return losses
+    return parallel.total({"losses": losses})["losses"]  # each rank's windows, and zeros elsewhere
 
 
 def default_batch_size(adapter: MLPAdapter, window: int) -> int:
@@ -135,22 +138,24 @@ def default_batch_size(adapter: MLPAdapter, window: int) -> int:
 
 
 def batches(
-    windows: Windows, batch_size: int, progress: Progress | None, label: str, first: int = 0
+    windows: Windows, batch_size: int, progress: Progress | None, label: str, first: int = 0, last: int | None = None
 ) -> Iterator[tuple[int, Int[Tensor, "batch pos"]]]:
-    """Yield (index of the first window, tokens) of each batch from window `first` on, telling progress.
+    """Yield (index of the first window, tokens) of each batch from window `first` up to `last`, telling progress.
 
     Raises:
         ValueError: If `batch_size` is not positive.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    last = windows.n_windows if last is None else last
     if progress:
-        progress(label, first * windows.window, windows.n_tokens)
-    for start in range(first, windows.n_windows, batch_size):
-        tokens = windows.tokens[start : start + batch_size].long()
+        progress(label, first * windows.window, last * windows.window)
+    for start in range(first, last, batch_size):
+        tokens = windows.tokens[start : min(start + batch_size, last)].long()
         yield start, tokens
+        parallel.alive()
         if progress:
-            progress(label, min(start + batch_size, windows.n_windows) * windows.window, windows.n_tokens)
+            progress(label, min(start + batch_size, last) * windows.window, last * windows.window)
 
 
 @contextmanager

@@ -7,7 +7,7 @@
     render     -> report.html          needs the folder only, never the model
 
 A step whose file is there already, for the same request, is not run again: an interrupted report goes on where it
-stopped.
+stopped. In a `parallel.session` rank 0 writes these files, into a folder that all ranks see.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from neuron_sparsity import parallel
 from neuron_sparsity.ablation import AblationResult, removable_neurons
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.cett_search import Metric
@@ -79,14 +80,19 @@ class Run:
         if self.heldout or self._was_split():
             self.calibration, self.confirmation = self.windows.split(CALIBRATION_SHARE)
         info = self.adapter.info
-        self.folder = RunFolder(
-            self.path,
-            {
-                "kind": "run",
-                "model": {"name": info.name, "fingerprint": info.fingerprint, "dtype": info.dtype},
-                "corpus": self.windows.describe(),
-            },
-        )
+        request = {
+            "kind": "run",
+            "model": {"name": info.name, "fingerprint": info.fingerprint, "dtype": info.dtype},
+            "corpus": self.windows.describe(),
+        }
+        for what, value in (*request.items(), ("calibration part", self.calibration.sha256)):
+            parallel.agreed(what, value)
+        with parallel.leader_first("the run folder is there"):
+            if not parallel.leads() and not (Path(self.path) / "run.json").is_file():
+                raise RunFolderError(
+                    f"{self.path} of rank 0 is not seen here; name with --out a folder all ranks share"
+                )
+            self.folder = RunFolder(self.path, request)
         self._keep_windows(self._measured_windows())
 
     def sparsity(
@@ -105,7 +111,7 @@ class Run:
             self._found(name, SparsityResult.from_json, partial(_answers, (p, metric, self.calibration.sha256, other)))
             for name, p in zip(names, p_percents, strict=True)
         ]
-        if all(result is not None for result in found):
+        if parallel.agreed("whether the results are there", all(result is not None for result in found)):
             return tuple(found)
         results = cett_ppl_sparsities(
             self.adapter,
@@ -117,8 +123,9 @@ class Run:
             batch_size=self.batch_size,
             progress=self.progress,
         )
-        for name, result in zip(names, results, strict=True):
-            write_json(self.folder.file(name), result.to_json())
+        if parallel.leads():
+            for name, result in zip(names, results, strict=True):
+                write_json(self.folder.file(name), result.to_json())
         self._keep_windows(self.calibration)
         return results
 
@@ -131,7 +138,7 @@ class Run:
         if result is not None and not result.reached:
             result = None  # its thresholds cut everything: no neuron could be told from another by them
         thresholds = {} if result is None else {result.name: result.thresholds}
-        if self.folder.has("statistics.safetensors"):
+        if parallel.agreed("whether statistics.safetensors is there", self.folder.has("statistics.safetensors")):
             stats = NeuronStatistics.load(self.folder.path)
             path = self.folder.file("statistics.safetensors")
             sha = decode(path, lambda: str(stats.corpus["sha256"]))
@@ -191,6 +198,8 @@ class Run:
         Where those are all windows and a search for removable neurons was made on a part of them, that part is there
         as `calibration_tokens`; its held-out part is `heldout_tokens`.
         """
+        if not parallel.leads():
+            return
         parts = {"": main}
         if self.confirmation is not None or self.folder.has("ablation.json"):
             calibration, heldout = self.windows.split(CALIBRATION_SHARE)

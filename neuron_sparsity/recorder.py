@@ -5,6 +5,7 @@
 2. Memory does not grow with the number of tokens: per neuron a few sums, 64 histogram bins and K examples.
 3. With a folder, the state is written there once a minute and when a signal asks to stop; the next call goes on from
    it, and ends with the same bits as a recording that was never interrupted.
+4. In a `parallel.session` each rank records its own windows, with a state of its own; at the end they are added up.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.errors import MeasurementError, RunFolderError
+from neuron_sparsity.errors import MeasurementError, RankError, RunFolderError
 from neuron_sparsity.kernels import Backend, StatisticsState
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
 from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
@@ -34,6 +35,8 @@ from neuron_sparsity.store import decode, make_folder, provenance, read_tensors,
 __all__ = ["NeuronStatistics", "record"]
 
 PARTIAL = "record.partial.safetensors"
+"""The state of an interrupted recording. The second of three ranks has `record.partial.1-of-3.safetensors`."""
+
 _OWN = ("maximum", "example_value", "example_position")
 _STATE = tuple(field.name for field in fields(StatisticsState) if field.name not in ("n_tokens", "thresholds"))
 
@@ -69,7 +72,8 @@ def record(
 
     Raises:
         MeasurementError: If post-activations are NaN or infinite, or memory runs out.
-        RunFolderError: If `folder` cannot be written or holds another recording.
+        RankError: If another rank of a `parallel.session` is gone or has failed.
+        RunFolderError: If `folder` cannot be written or holds another recording, or one of another number of ranks.
         ValueError: If a set of thresholds does not have one number >= 0 a layer, `n_examples` or `batch_size`
             cannot be, or the backend cannot run here.
         KeyboardInterrupt: After SIGINT or SIGTERM, once the state (or, at the very end, the result) is written.
@@ -78,29 +82,86 @@ def record(
     if n_examples < 0:
         raise ValueError(f"n_examples must be >= 0, got {n_examples}")
     recording = _Recording(adapter, windows, thresholds or {}, n_examples, backend)
-    path = None if folder is None else Path(folder) / PARTIAL
-    if path is not None:
-        make_folder(path.parent)
-        batch_size = recording.resume(path, batch_size) or batch_size
+    path = None if folder is None else _partial(Path(folder))
+    begun = None if path is None else recording.resume(path, batch_size)
     if batch_size is None:
         batch_size = default_batch_size(adapter, windows.window)
-    written = time.monotonic()
+    batch_size = _common_batch_size(begun, batch_size)
+    recording.take_share(batch_size)
     with torch.no_grad(), _stop_requested(path is not None) as stop:
-        for start, tokens in batches(windows, batch_size, progress, "recording neurons", recording.next_window):
-            with memory_advice(batch_size, windows.window):
-                recording.add(start, tokens)
-            if path is not None and (stop.is_set() or time.monotonic() - written > checkpoint_seconds):
+        try:
+            _run(recording, batch_size, path, stop, checkpoint_seconds, progress)
+        except RankError:
+            if path is not None:
                 recording.write(path, batch_size)
-                written = time.monotonic()
-            if stop.is_set():
-                raise KeyboardInterrupt
+            raise
     stats = recording.finish()
     if folder is not None and path is not None:
-        stats.save(folder)
+        if parallel.leads():
+            stats.save(folder)
+        parallel.meet("statistics are saved")
         path.unlink(missing_ok=True)
     if stop.is_set():  # during the last batch: the result is kept, but whoever asked wants no next step
         raise KeyboardInterrupt
     return stats
+
+
+def _run(
+    recording: _Recording,
+    batch_size: int,
+    path: Path | None,
+    stop: threading.Event,
+    checkpoint_seconds: float,
+    progress: Progress | None,
+) -> None:
+    """Record all windows of this rank that are left, writing the state now and then."""
+    windows, (first, last) = recording.windows, (recording.next_window, recording.share.stop)
+    written = time.monotonic()
+    for start, tokens in batches(windows, batch_size, progress, "recording neurons", first, last):
+        with memory_advice(batch_size, windows.window):
+            recording.add(start, tokens)
+        if path is not None and (stop.is_set() or time.monotonic() - written > checkpoint_seconds):
+            recording.write(path, batch_size)
+            written = time.monotonic()
+        if stop.is_set():
+            raise KeyboardInterrupt
+    if path is not None and parallel.position():  # another rank may be lost before all are added up
+        recording.write(path, batch_size)
+
+
+def _partial(folder: Path) -> Path:
+    """Return where this rank keeps its state, once it is sure that no other number of ranks has left theirs.
+
+    Raises:
+        RunFolderError: If the folder cannot be written, or holds a recording begun with another number of ranks.
+    """
+    make_folder(folder)
+    stem, suffix = PARTIAL.removesuffix(".safetensors"), ".safetensors"
+    position = parallel.position()
+    n_ranks = position.rpartition("-")[2] or "1"
+    for found in (*sorted(folder.glob(f"{stem}.*-of-*{suffix}")), *folder.glob(PARTIAL)):
+        begun = "1" if found.name == PARTIAL else found.name.removesuffix(suffix).rpartition("-of-")[2]
+        if begun != n_ranks:
+            processes = "one process" if begun == "1" else f"{begun} processes"
+            raise RunFolderError(
+                f"{found} was begun with {processes}: go on with as many, or delete {stem}.* there to start afresh"
+            )
+    return folder / (f"{stem}.{position}{suffix}" if position else PARTIAL)
+
+
+def _common_batch_size(begun: int | None, wanted: int) -> int:
+    """Return the batch size of all ranks: the one that some began with, else the smallest.
+
+    Raises:
+        RunFolderError: If ranks began with different ones.
+    """
+    said = parallel.everyones("batch size of the recording", (begun, wanted))
+    kept = {size for size, _ in said if size is not None}
+    if len(kept) > 1:
+        raise RunFolderError(
+            f"the ranks began this recording with batch sizes {sorted(kept)}; delete their states to start afresh"
+        )
+    return kept.pop() if kept else min(size for _, size in said)
 
 
 class _Recording:
@@ -116,6 +177,7 @@ class _Recording:
     ) -> None:
         info = adapter.info
         self.adapter, self.windows, self.next_window = adapter, windows, 0
+        self.share = range(windows.n_windows)
         self.backend = backend
         devices = [norm.device for norm in adapter.w_norms]
         self.backends = sorted({kernels.choose(device, backend).name for device in devices})
@@ -177,6 +239,11 @@ class _Recording:
         order = candidates.argsort(dim=1, descending=True, stable=True)[:, : values.shape[1]]
         values[better], positions[better] = candidates.gather(1, order), places.gather(1, order)
 
+    def take_share(self, batch_size: int) -> None:
+        """Begin with this rank's windows, unless a state was taken up that is in the middle of them."""
+        self.share = parallel.share(self.windows.n_windows, batch_size)
+        self.next_window = self.next_window or self.share.start
+
     def _identity(self) -> dict[str, Any]:
         return {
             "fingerprint": self.adapter.info.fingerprint,
@@ -222,10 +289,11 @@ class _Recording:
 
     def _restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
         next_window, batch_size = int(header["next_window"]), int(header["batch_size"])
-        if not 0 <= next_window <= self.windows.n_windows or batch_size < 1:
-            raise ValueError(f"next_window is {next_window} of {self.windows.n_windows}, batch_size {batch_size}")
+        share = parallel.share(self.windows.n_windows, max(1, batch_size))
+        if not share.start <= next_window <= share.stop or batch_size < 1:
+            raise ValueError(f"next_window is {next_window} of {share.stop}, batch_size {batch_size}")
         for layer, state in enumerate(self.states):
-            state.n_tokens = next_window * self.windows.window
+            state.n_tokens = (next_window - share.start) * self.windows.window
             for name in _OWN:
                 _fill(name, getattr(self, name)[layer], tensors[name][layer])
             for name in _STATE:
@@ -234,8 +302,8 @@ class _Recording:
         return batch_size
 
     def finish(self) -> NeuronStatistics:
-        """Return the statistics, with the text around each example."""
-        stacked = self._stacked()
+        """Return the statistics of all ranks, with the text around each example."""
+        stacked = _pooled(self._stacked())
         n_tokens = self.windows.n_tokens
         context = _contexts(self.windows.tokens, stacked["example_position"])
         ids = [token for token in context.unique().tolist() if token >= 0]
@@ -252,9 +320,23 @@ class _Recording:
             w_norm=torch.stack([norm.cpu() for norm in self.adapter.w_norms]),
             token_strings={token: tokenizer.decode([token]) for token in ids} if tokenizer else {},
             provenance=provenance()
+            | parallel.described()
             | {"forward": self.adapter.forward, "backends": {"neuron_statistics": " + ".join(self.backends)}},
             **stacked,
         )
+
+
+def _pooled(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what all ranks have recorded together; examples in the order, and ties to the window, of one process."""
+    summed = parallel.total({name: own[name] for name in (*_STATE, "maximum")}, maxima=("maximum",))
+    values, positions = own["example_value"].clone(), own["example_position"].clone()
+    for layer in range(len(values)):  # a layer at a time: memory does not grow with the number of ranks
+        value = torch.cat(parallel.gather(values[layer]), dim=1)
+        position = torch.cat(parallel.gather(positions[layer]), dim=1)
+        # Earlier ranks hold earlier windows, and the sort is stable.
+        order = value.argsort(dim=1, descending=True, stable=True)[:, : values.shape[2]]
+        values[layer], positions[layer] = value.gather(1, order), position.gather(1, order)
+    return summed | {"example_value": values, "example_position": positions}
 
 
 def _fill(name: str, target: Tensor, source: Tensor) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import ModelInfo, attach
 from neuron_sparsity.cett_search import METRICS, CettSearch, Goal, Metric
 from neuron_sparsity.corpus import Windows
@@ -317,6 +317,7 @@ def _result(search: CettSearch, best: Evaluation, cett: Float[np.ndarray, " laye
             "dense_passes": seconds / max(evaluator.dense_seconds, 1e-9),
         },
         provenance=provenance()
+        | parallel.described()
         | {"forward": evaluator.adapter.forward, "backends": dict.fromkeys(("tail_error", "threshold_mask"), used)},
         metric=f"cett_{goal.metric}",
         kl=best.mean("kl"),

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from neuron_sparsity.errors import NeuronSparsityError
+from neuron_sparsity.parallel import launched
 
 __all__ = ["given", "keep_freed_memory", "one_flag_a_text", "one_line_errors", "prepare", "printable"]
 
@@ -96,6 +97,8 @@ def _in_words(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
+    rank, size = launched()
+    message = message if size == 1 else f"rank {rank} of {size}: {message}"
     line = printable(" ".join(message.split()))
     if len(line) > _MAX_CHARACTERS:
         line = f"{line[: _MAX_CHARACTERS // 2]} ... {line[-_MAX_CHARACTERS // 2 :]}"

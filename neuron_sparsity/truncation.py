@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.kernels.reference import contributions
@@ -84,6 +84,11 @@ class Truncation:
         """Add the active neurons of each token."""
         self._active[layer] = self._active[layer] + active.sum()  # stays on the layer's device: no wait for it here
 
+    def pool(self) -> None:
+        """Count what all ranks have counted; each calls this once, after its own windows."""
+        counted = parallel.total({"active": self.active, "pairs": self.pairs})
+        self._active, self.pairs = list(counted["active"]), counted["pairs"]
+
 
 class WindowTruncation(Truncation):
     """A truncation of whole windows, that counts what was active in each."""
@@ -97,6 +102,12 @@ class WindowTruncation(Truncation):
         """Share of (token, neuron) pairs, all layers, that stayed active in each window so far, in order."""
         counts = torch.cat([batch.cpu() for batch in self._batches]).double()
         return counts * len(counts) / float(self.pairs.sum())
+
+    def pool(self) -> None:
+        """Count what all ranks have counted, the windows of all in order."""
+        super().pool()
+        own = [batch.cpu() for batch in self._batches]
+        self._batches = [parallel.joined(torch.cat(own) if own else torch.zeros(0, dtype=torch.int64))]
 
     def _count(self, layer: int, active: Int[Tensor, "batch pos"]) -> None:
         super()._count(layer, active)
@@ -195,6 +206,7 @@ def truncated_losses(
         progress=progress,
         label=label,
     )
+    truncation.pool()
     return losses, truncation
 
 

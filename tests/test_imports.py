@@ -17,6 +17,7 @@ PACKAGE = "neuron_sparsity"
 # From the top of the house to the bottom: a room imports only from itself and from rooms above it.
 ROOMS = [
     "errors",
+    "parallel",
     "kernels",
     "metrics",
     "laws",
