@@ -364,6 +364,7 @@ def _conclude(
     as_json: bool,
 ) -> None:
     """Print what was found."""
+    from neuron_sparsity.store import blaming
     from neuron_sparsity.summary import summary_lines
 
     if as_json:
@@ -374,7 +375,10 @@ def _conclude(
         return
     if quiet:
         return
-    for line in summary_lines(result, stats, removed):
+    mend = "if a file in it was edited, delete that file and run its step again"
+    with blaming(folder, "cannot be summed up", mend):
+        lines = summary_lines(result, stats, removed)
+    for line in lines:
         _say(line)
     page = folder / "report.html"
     _say(f"report: {page}" if stats is not None and page.is_file() else f"run folder: {folder}")

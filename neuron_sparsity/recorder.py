@@ -31,7 +31,7 @@ from neuron_sparsity.perplexity import Progress, batches, default_batch_size, me
 from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
 from neuron_sparsity.store import decode, make_folder, provenance, read_tensors, write_tensors
 
-__all__ = ["NeuronStatistics", "record"]
+__all__ = ["NeuronStatistics", "drop_finished", "record"]
 
 PARTIAL = "record.partial.safetensors"
 _OWN = ("maximum", "example_value", "example_position")
@@ -211,6 +211,8 @@ class _Recording:
         same = header.get("identity") == self._identity() and torch.equal(
             tensors.get("thresholds", torch.empty(0)), self.thresholds
         )
+        if not same and drop_finished(path.parent):
+            return None
         if not same:
             raise RunFolderError(f"{path} is of another recording; delete it to start afresh")
         if batch_size is not None and batch_size != header.get("batch_size"):
@@ -255,6 +257,27 @@ class _Recording:
             | {"forward": self.adapter.forward, "backends": {"neuron_statistics": " + ".join(self.backends)}},
             **stacked,
         )
+
+
+def drop_finished(folder: Path) -> bool:
+    """Remove the state of a recording whose result is in the folder; return whether there was one.
+
+    A kill between writing the result and removing the state leaves both.
+
+    Raises:
+        RunFolderError: If one of them is damaged.
+    """
+    path, result = folder / PARTIAL, folder / "statistics.safetensors"
+    if not (path.is_file() and result.is_file()):
+        return False
+    (state, header), (found, own) = read_tensors(path), read_tensors(result)
+    of_state = decode(path, lambda: (header["identity"]["corpus"], header["identity"]["threshold_names"]))
+    of_result = decode(result, lambda: (own["corpus"]["sha256"], own["threshold_names"]))
+    cuts = [tensors.get("thresholds", torch.empty(0)) for tensors in (state, found)]
+    finished = of_state == of_result and torch.equal(*cuts)
+    if finished:
+        path.unlink()
+    return finished
 
 
 def _fill(name: str, target: Tensor, source: Tensor) -> None:

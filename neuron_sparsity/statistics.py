@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.kernels import N_BINS, histogram_edges
-from neuron_sparsity.store import decode, read_tensors, write_tensors
+from neuron_sparsity.store import checked, decode, read_tensors, write_tensors
 
 __all__ = ["CONTEXT_BEFORE", "CONTEXT_LENGTH", "NeuronStatistics"]
 
@@ -239,7 +239,25 @@ def _build(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NeuronSt
         tensor, shape = tensors[name], [sizes[axis] for axis in axes.split()]
         if tensor.dtype != dtype or list(tensor.shape) != shape:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {shape}")
+    _check_values(checked(stats))
     return stats
+
+
+def _check_values(stats: NeuronStatistics) -> None:
+    """Raise ValueError or KeyError if a value is one that no recording has."""
+    if stats.n_tokens < 1 or len(stats.model.layers) != stats.model.n_layers:
+        raise ValueError(f"{stats.n_tokens} tokens, {stats.model.n_layers} layers called {stats.model.layers[:3]}")
+    for key, kind in (("name", str), ("sha256", str), ("n_tokens", int), ("window", int)):
+        if not isinstance(stats.corpus[key], kind):
+            raise ValueError(f"{key} of the corpus is {stats.corpus[key]!r}")
+    for name in ("zero_count", "above_count", "histogram"):
+        counts = getattr(stats, name)
+        if counts.numel() and not 0 <= int(counts.min()) <= int(counts.max()) <= stats.n_tokens:
+            raise ValueError(f"{name} has counts outside 0 to {stats.n_tokens}, the tokens that were seen")
+    for name, (dtype, _) in _TENSORS.items():
+        # The sum is not finite where a value is not: no mask as large as the tensor is needed to see that.
+        if dtype.is_floating_point and not torch.isfinite(getattr(stats, name).double().sum()):
+            raise ValueError(f"{name} is not finite")
 
 
 def _merge_corpus(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
