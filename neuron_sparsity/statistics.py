@@ -255,9 +255,9 @@ def _check_values(stats: NeuronStatistics) -> None:
         if counts.numel() and not 0 <= int(counts.min()) <= int(counts.max()) <= stats.n_tokens:
             raise ValueError(f"{name} has counts outside 0 to {stats.n_tokens}, the tokens that were seen")
     for name, (dtype, _) in _TENSORS.items():
-        # The sum is not finite where a value is not: no mask as large as the tensor is needed to see that.
-        if dtype.is_floating_point and not torch.isfinite(getattr(stats, name).double().sum()):
-            raise ValueError(f"{name} is not finite")
+        # A sum is NaN where a value is: no mask as large as the tensor is needed to see that.
+        if dtype.is_floating_point and torch.isnan(getattr(stats, name).sum(dtype=torch.float64)):
+            raise ValueError(f"{name} is NaN")
 
 
 def _merge_corpus(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
