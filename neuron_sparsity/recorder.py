@@ -28,7 +28,7 @@ from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, RunFolderError
 from neuron_sparsity.kernels import Backend, StatisticsState
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
-from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
+from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics, check_tensor
 from neuron_sparsity.store import decode, make_folder, provenance, read_tensors, write_tensors
 
 __all__ = ["NeuronStatistics", "drop_finished", "record"]
@@ -226,8 +226,13 @@ class _Recording:
         next_window, batch_size = int(header["next_window"]), int(header["batch_size"])
         if not 0 <= next_window <= self.windows.n_windows or batch_size < 1:
             raise ValueError(f"next_window is {next_window} of {self.windows.n_windows}, batch_size {batch_size}")
+        n_tokens = next_window * self.windows.window
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor, n_tokens)
+        if ((tensors["example_position"] < -1) | (tensors["example_position"] >= n_tokens)).any():
+            raise ValueError(f"example_position is outside the {n_tokens} tokens that were seen")
         for layer, state in enumerate(self.states):
-            state.n_tokens = next_window * self.windows.window
+            state.n_tokens = n_tokens
             for name in _OWN:
                 _fill(name, getattr(self, name)[layer], tensors[name][layer])
             for name in _STATE:

@@ -20,7 +20,7 @@ from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.kernels import N_BINS, histogram_edges
 from neuron_sparsity.store import checked, decode, read_tensors, write_tensors
 
-__all__ = ["CONTEXT_BEFORE", "CONTEXT_LENGTH", "NeuronStatistics"]
+__all__ = ["CONTEXT_BEFORE", "CONTEXT_LENGTH", "NeuronStatistics", "check_tensor"]
 
 CONTEXT_BEFORE, CONTEXT_LENGTH = 16, 24
 """An example's context: 16 tokens before, the token itself, 7 after."""
@@ -245,19 +245,23 @@ def _build(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NeuronSt
 
 def _check_values(stats: NeuronStatistics) -> None:
     """Raise ValueError or KeyError if a value is one that no recording has."""
-    if stats.n_tokens < 1 or len(stats.model.layers) != stats.model.n_layers:
+    if not 1 <= stats.n_tokens < 1 << 63 or len(stats.model.layers) != stats.model.n_layers:
         raise ValueError(f"{stats.n_tokens} tokens, {stats.model.n_layers} layers called {stats.model.layers[:3]}")
     for key, kind in (("name", str), ("sha256", str), ("n_tokens", int), ("window", int)):
         if not isinstance(stats.corpus[key], kind):
             raise ValueError(f"{key} of the corpus is {stats.corpus[key]!r}")
-    for name in ("zero_count", "above_count", "histogram"):
-        counts = getattr(stats, name)
-        if counts.numel() and not 0 <= int(counts.min()) <= int(counts.max()) <= stats.n_tokens:
-            raise ValueError(f"{name} has counts outside 0 to {stats.n_tokens}, the tokens that were seen")
-    for name, (dtype, _) in _TENSORS.items():
-        # A sum is NaN where a value is: no mask as large as the tensor is needed to see that.
-        if dtype.is_floating_point and torch.isnan(getattr(stats, name).sum(dtype=torch.float64)):
-            raise ValueError(f"{name} is NaN")
+    for name in _TENSORS:
+        check_tensor(name, getattr(stats, name), stats.n_tokens)
+
+
+def check_tensor(name: str, tensor: Tensor, n_tokens: int) -> None:
+    """Raise ValueError if a tensor holds a value that no recording of `n_tokens` tokens has."""
+    counts = name in ("zero_count", "nonzero_count", "above_count", "histogram")
+    if counts and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) <= n_tokens:
+        raise ValueError(f"{name} has counts outside 0 to {n_tokens}, the tokens that were seen")
+    # A sum is NaN where a value is: no mask as large as the tensor is needed to see that.
+    if tensor.dtype.is_floating_point and torch.isnan(tensor.sum(dtype=torch.float64)):
+        raise ValueError(f"{name} is NaN")
 
 
 def _merge_corpus(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

@@ -273,7 +273,11 @@ def edited(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable[
             "is damaged (ValueError: example_position is torch.int64 [2, 3, 1], not torch.int64 [2, 3, 2])",
         ),
         (edited(lambda tensors, header: header.update(n_tokens=0)), "is damaged (ValueError: 0 tokens, 2 layers"),
-        (edited(lambda tensors, header: header.update(n_tokens=7)), "is damaged (ValueError: above_count has counts"),
+        (
+            edited(lambda tensors, header: header.update(n_tokens=2**63)),
+            "is damaged (ValueError: 92233720368",
+        ),
+        (edited(lambda tensors, header: header.update(n_tokens=7)), "is damaged (ValueError: histogram has counts"),
         (edited(lambda tensors, header: tensors["histogram"].sub_(1)), "is damaged (ValueError: histogram has counts"),
         (edited(lambda tensors, header: tensors["w_norm"].fill_(math.nan)), "is damaged (ValueError: w_norm is NaN)"),
         (edited(lambda tensors, header: header["model"].update(layers=[0])), "is damaged (ValueError: 16 tokens, 2 la"),
