@@ -106,6 +106,7 @@ def conclude(
     """Print what was found; one of several processes prints."""
     if launched()[0] > 0:
         return
+    from neuron_sparsity.store import blaming
     from neuron_sparsity.summary import summary_lines
 
     if as_json:
@@ -118,11 +119,13 @@ def conclude(
         return
     if quiet:
         return
-    for line in summary_lines(result, stats, removed):
+    mend = "if a file in it was edited, delete that file and run its step again"
+    with blaming(folder, "cannot be summed up", mend):
+        lines = summary_lines(result, stats, removed)
+        for one in further:
+            lines += summary_lines(one, None, None)[1:]
+    for line in lines:
         say(line)
-    for one in further:
-        for line in summary_lines(one, None, None)[1:]:
-            say(line)
     page = folder / "report.html"
     say(f"report: {page}" if stats is not None and page.is_file() else f"run folder: {folder}")
 

@@ -13,7 +13,7 @@ stopped. In a `parallel.session` rank 0 writes these files, into a folder that a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,24 +27,17 @@ from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.kernels import Backend
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import rank
-from neuron_sparsity.recorder import record
+from neuron_sparsity.recorder import drop_finished, record
 from neuron_sparsity.report import Report, report
 from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsities
 from neuron_sparsity.statistics import NeuronStatistics
-from neuron_sparsity.store import RunFolder, decode, read_json, write_json, write_tensors
+from neuron_sparsity.store import RunFolder, blaming, checked, decode, read_json, write_json, write_tensors
 from neuron_sparsity.truncation import TokenActivity, token_activity
 
 __all__ = ["Run", "load_run", "render"]
 
 CALIBRATION_SHARE = 2 / 3
 _MAX_WINDOW_BYTES = 64 << 20
-_KINDS: dict[str, tuple[type, ...]] = {
-    "float": (float, int),
-    "int": (int,),
-    "bool": (bool,),
-    "str": (str,),
-    "dict": (dict,),
-}
 
 
 @dataclass
@@ -142,9 +135,10 @@ class Run:
             stats = NeuronStatistics.load(self.folder.path)
             path = self.folder.file("statistics.safetensors")
             sha = decode(path, lambda: str(stats.corpus["sha256"]))
-            if result is None and sha in (self.calibration.sha256, self.windows.sha256):
-                return stats
-            if result is not None and sha == self.calibration.sha256 and _same_thresholds(stats, result):
+            whole = result is None and sha in (self.calibration.sha256, self.windows.sha256)
+            if whole or (result is not None and sha == self.calibration.sha256 and _same_thresholds(stats, result)):
+                if parallel.leads():
+                    drop_finished(self.folder.path)
                 return stats
         return record(
             self.adapter,
@@ -184,7 +178,7 @@ class Run:
         path, middle = self.folder.file("passage.json"), self.calibration.n_windows // 2
         if self.folder.has("passage.json"):
             data = read_json(path)
-            found = decode(path, lambda: _built(TokenActivity.from_json, data))
+            found = decode(path, lambda: checked(TokenActivity.from_json(data)))
             same = (data.get("thresholds"), found.corpus.get("sha256"), found.corpus.get("window_index"))
             if same == (result.thresholds, self.calibration.sha256, middle):
                 return found
@@ -226,8 +220,11 @@ class Run:
         part = self.windows.split(CALIBRATION_SHARE)[0].sha256
         for name in ("sparsity.json", "ablation.json"):
             path = Path(self.path) / name
-            if path.is_file() and dict(read_json(path).get("corpus") or {}).get("sha256") == part:
-                return True
+            if path.is_file():
+                data = read_json(path)
+                with blaming(path):
+                    if data["corpus"]["sha256"] == part:
+                        return True
         return False
 
     def _found(self, name: str, build: Callable[[dict[str, Any]], Any], same: Callable[[Any], bool]) -> Any:
@@ -236,7 +233,7 @@ class Run:
             return None
         path = self.folder.file(name)
         data = read_json(path)
-        old = decode(path, lambda: _built(build, data))
+        old = decode(path, lambda: checked(build(data)))
         return old if decode(path, lambda: same(old)) else None
 
 
@@ -256,7 +253,8 @@ def load_run(path: str | Path) -> dict[str, Any]:
     for key, (name, build) in builders.items():
         file = folder.file(name)
         data = read_json(file) if folder.has(name) else None
-        found[key] = None if data is None else decode(file, partial(_built, build, data))
+        with blaming(file):
+            found[key] = None if data is None else checked(build(data))
     return found
 
 
@@ -271,27 +269,11 @@ def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:
         RunFolderError: If there is nothing to render, files do not fit together, or the page cannot be written.
     """
     found = load_run(path) if found is None else found
-    try:
+    mend = "if a file in it was edited, delete that file and run its step again"
+    with blaming(Path(path), "cannot be rendered", mend):
         page = report(found["stats"], found["result"], found["removed"], passage=found["passage"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise RunFolderError(
-            f"{path} cannot be rendered ({reason}); if a file in it was edited, delete that file and run its step again"
-        ) from error
-    page.save(Path(path) / "report.html")
+        page.save(Path(path) / "report.html")
     return page
-
-
-def _built(build: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Any:
-    """Build a result from JSON, and refuse fields of another type: `from_json` takes whatever a file says."""
-    result = build(data)
-    for field in fields(result):
-        kinds, value = _KINDS.get(str(field.type).split("[")[0].split(" ")[0]), getattr(result, field.name)
-        if value is None and str(field.type).endswith("| None"):
-            continue
-        if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-            raise TypeError(f"{field.name} must be {field.type}, got {type(value).__name__}")
-    return result
 
 
 def _answers(asked: tuple[Any, ...], old: SparsityResult) -> bool:

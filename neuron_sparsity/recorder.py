@@ -29,10 +29,10 @@ from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, RankError, RunFolderError
 from neuron_sparsity.kernels import Backend, StatisticsState
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
-from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
+from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics, check_tensor
 from neuron_sparsity.store import decode, make_folder, provenance, read_tensors, write_tensors
 
-__all__ = ["NeuronStatistics", "record"]
+__all__ = ["NeuronStatistics", "drop_finished", "record"]
 
 PARTIAL = "record.partial.safetensors"
 """The state of an interrupted recording. The second of three ranks has `record.partial.1-of-3.safetensors`."""
@@ -278,6 +278,8 @@ class _Recording:
         same = header.get("identity") == self._identity() and torch.equal(
             tensors.get("thresholds", torch.empty(0)), self.thresholds
         )
+        if not same and not parallel.position() and drop_finished(path.parent):
+            return None
         if not same:
             raise RunFolderError(f"{path} is of another recording; delete it to start afresh")
         if batch_size is not None and batch_size != header.get("batch_size"):
@@ -292,8 +294,14 @@ class _Recording:
         share = parallel.share(self.windows.n_windows, max(1, batch_size))
         if not share.start <= next_window <= share.stop or batch_size < 1:
             raise ValueError(f"next_window is {next_window} of {share.stop}, batch_size {batch_size}")
+        n_tokens = (next_window - share.start) * self.windows.window
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor, n_tokens)
+        position, end = tensors["example_position"], next_window * self.windows.window
+        if ((position < -1) | (position >= end) | ((position >= 0) & (position < end - n_tokens))).any():
+            raise ValueError(f"example_position is outside the {n_tokens} tokens that were seen")
         for layer, state in enumerate(self.states):
-            state.n_tokens = (next_window - share.start) * self.windows.window
+            state.n_tokens = n_tokens
             for name in _OWN:
                 _fill(name, getattr(self, name)[layer], tensors[name][layer])
             for name in _STATE:
@@ -337,6 +345,27 @@ def _pooled(own: dict[str, Tensor]) -> dict[str, Tensor]:
         order = value.argsort(dim=1, descending=True, stable=True)[:, : values.shape[2]]
         values[layer], positions[layer] = value.gather(1, order), position.gather(1, order)
     return summed | {"example_value": values, "example_position": positions}
+
+
+def drop_finished(folder: Path) -> bool:
+    """Remove the state of a recording whose result is in the folder; return whether there was one.
+
+    A kill between writing the result and removing the state leaves both.
+
+    Raises:
+        RunFolderError: If one of them is damaged.
+    """
+    path, result = folder / PARTIAL, folder / "statistics.safetensors"
+    if not (path.is_file() and result.is_file()):
+        return False
+    (state, header), (found, own) = read_tensors(path), read_tensors(result)
+    of_state = decode(path, lambda: (header["identity"]["corpus"], header["identity"]["threshold_names"]))
+    of_result = decode(result, lambda: (own["corpus"]["sha256"], own["threshold_names"]))
+    cuts = [tensors.get("thresholds", torch.empty(0)) for tensors in (state, found)]
+    finished = of_state == of_result and torch.equal(*cuts)
+    if finished:
+        path.unlink()
+    return finished
 
 
 def _fill(name: str, target: Tensor, source: Tensor) -> None:

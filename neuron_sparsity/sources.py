@@ -81,8 +81,10 @@ def _existing_file(item: str | Path) -> Path:
         path = Path(item).expanduser()
         if path.is_dir():
             raise CorpusError(f"{shown} is a directory; pass the text files in it")
-        if path.exists():
+        if path.is_file():
             return path
+        if path.exists():
+            raise CorpusError(f"{shown} is a pipe or a device; write its text into a file and pass that")
     except (OSError, RuntimeError, ValueError):  # a name too long, ~nobody, NUL: someone passed the text itself
         pass
     raise CorpusError(f"no file and no built-in text is called {shown!r}; pass a UTF-8 text file, {known}")
