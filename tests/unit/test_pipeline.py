@@ -117,7 +117,7 @@ def test_a_kill_between_a_result_and_the_removal_of_its_state(
     assert alone.folder.has(PARTIAL)
     assert alone.folder.has("statistics.safetensors")
     alone.record(None if next_step == "the same" else alone.sparsity(1.0))
-    assert passes == (["record"] if next_step == "the same" else ["record", "cett_ppl_sparsity", "record"])
+    assert passes == (["record"] if next_step == "the same" else ["record", "cett_ppl_sparsities", "record"])
     assert not alone.folder.has(PARTIAL)
 
 
