@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv and is fast the second time. Nothing is installed outside this folder.
 #   make report      measure the built-in model and write runs/smollm2-135m-sotu/report.html
 #   make test        the tests, on two cores
+#   make soak        the fuzzed and the killed runs, sixteen times as many (200 runs killed and taken up again)
 #   make check       ruff and mypy
 #   make bench       the benchmarks
 #   make kernels     compile every kernel ahead of time for two GPU generations; no GPU is needed
@@ -23,7 +24,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help report test check bench kernels notebooks docs ci-tl3 clean
+.PHONY: help report test soak check bench kernels notebooks docs ci-tl3 clean
 .SECONDARY:
 
 help:
@@ -35,6 +36,10 @@ report: $(VENV)/.installed-gguf
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
 
+soak: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) --hypothesis-profile=soak \
+		tests/cli/test_fuzzed_*.py tests/integration/test_kills.py
+
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -43,9 +48,9 @@ check: $(VENV)/.installed-dev
 # Without a GPU the kernels' torch reference is measured: that is what runs on a CPU.
 bench: $(VENV)/.installed-test
 	@cuda=$$($(VENV)/bin/python -c 'import torch; print(torch.cuda.is_available())'); \
-	for file in benchmarks/bench_*.py; do \
-		args=; [ "$$file:$$cuda" = benchmarks/bench_kernels.py:False ] && args=--cpu; \
-		echo "== $$file $$args"; $(VENV)/bin/python -m "benchmarks.$$(basename "$$file" .py)" $$args || exit 1; done
+	for name in bench_record search sampling bench_kernels; do \
+		args=; [ "$$name:$$cuda" = bench_kernels:False ] && args=--cpu; \
+		echo "== $$name $$args"; $(VENV)/bin/python -m "benchmarks.$$name" $$args || exit 1; done
 
 kernels: $(VENV)/.installed-test
 	$(VENV)/bin/python -m benchmarks.compile_kernels

@@ -23,7 +23,14 @@ if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons
     from neuron_sparsity.adapter import attach, load_model
     from neuron_sparsity.corpus import Windows, load_corpus
-    from neuron_sparsity.errors import CorpusError, MeasurementError, ModelError, NeuronSparsityError, RunFolderError
+    from neuron_sparsity.errors import (
+        CorpusError,
+        MeasurementError,
+        ModelError,
+        NeuronSparsityError,
+        RankError,
+        RunFolderError,
+    )
     from neuron_sparsity.laws import LawFit, fit_joint, fit_law, fit_scale, fit_width_depth
     from neuron_sparsity.perplexity import perplexity
     from neuron_sparsity.plan import Plan, plan
@@ -31,9 +38,11 @@ if TYPE_CHECKING:
     from neuron_sparsity.recorder import NeuronStatistics, record
     from neuron_sparsity.report import report
     from neuron_sparsity.sparsity import (
+        Estimate,
         SparsityResult,
         TokenActivity,
         apply_thresholds,
+        cett_ppl_sparsities,
         cett_ppl_sparsity,
         sparsify,
         token_activity,
@@ -44,12 +53,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AblationResult",
     "CorpusError",
+    "Estimate",
     "LawFit",
     "MeasurementError",
     "ModelError",
     "NeuronSparsityError",
     "NeuronStatistics",
     "Plan",
+    "RankError",
     "Ranking",
     "RunFolderError",
     "SparsityResult",
@@ -60,6 +71,7 @@ __all__ = [
     "ablate",
     "apply_thresholds",
     "attach",
+    "cett_ppl_sparsities",
     "cett_ppl_sparsity",
     "fit_joint",
     "fit_law",
@@ -80,12 +92,14 @@ __all__ = [
 _MODULE_OF = {
     "AblationResult": "ablation",
     "CorpusError": "errors",
+    "Estimate": "sparsity",
     "LawFit": "laws",
     "MeasurementError": "errors",
     "ModelError": "errors",
     "NeuronSparsityError": "errors",
     "NeuronStatistics": "recorder",
     "Plan": "plan",
+    "RankError": "errors",
     "Ranking": "ranking",
     "RunFolderError": "errors",
     "SparsityResult": "sparsity",
@@ -95,6 +109,7 @@ _MODULE_OF = {
     "ablate": "ablation",
     "apply_thresholds": "sparsity",
     "attach": "adapter",
+    "cett_ppl_sparsities": "sparsity",
     "cett_ppl_sparsity": "sparsity",
     "fit_joint": "laws",
     "fit_law": "laws",

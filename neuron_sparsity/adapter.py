@@ -8,12 +8,10 @@ tensor is worse than none.
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from neuron_sparsity import placement
 from neuron_sparsity.errors import ModelError
+from neuron_sparsity.model_info import ModelInfo, WeightFacts
 from neuron_sparsity.plain import PlainBody, relative_error
 from neuron_sparsity.weights import BUILTIN_MODELS, first_line, load_weights
 
@@ -38,46 +38,6 @@ _PROBING: ContextVar[MLPAdapter | None] = ContextVar("probing", default=None)
 # Largest error of `z @ W_out + b_out` against the MLP's own output, relative to the output's largest entry.
 _REBUILD_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _PLAIN_PROBE = 64  # positions, in each of two windows: enough for an attention that differs to show
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What a number was measured on, on the model's side.
-
-    Attributes:
-        name: Name the model was loaded by.
-        n_layers: Layers with an MLP, the ones measured.
-        d_model: Width of the residual stream.
-        d_mlp: Neurons per layer.
-        activation: Name of the activation function.
-        gated: Whether the post-activation is `act(gate) * up`.
-        dtype: Type the model computes in.
-        weights: `"as loaded"`, or `"centred"` where the host centred the weights that write to the residual stream.
-        host: Class and TransformerLens version that ran the model.
-        layers: Block index of each measured layer.
-        fingerprint: Hash of the norms of all output weight rows (rounded to 3 digits): same weights, same hash.
-    """
-
-    name: str
-    n_layers: int
-    d_model: int
-    d_mlp: int
-    activation: str
-    gated: bool
-    dtype: str
-    weights: str
-    host: str
-    layers: tuple[int, ...]
-    fingerprint: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values, ready for JSON."""
-        return asdict(self) | {"layers": list(self.layers)}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> ModelInfo:
-        """Return what `to_json` was made from."""
-        return cls(**{name: data[name] for name in cls.__dataclass_fields__} | {"layers": tuple(data["layers"])})
 
 
 class MLPAdapter:
@@ -100,26 +60,40 @@ class MLPAdapter:
         probing = _PROBING.set(self)
         try:
             with torch.no_grad():
-                self.w_norms = [_w_out(model, block).float().norm(dim=1) for block in self.layers]
-                lowest = _check_layers(self)
+                facts, lowest = _check_layers(self)
+                self.w_norms = facts.norms
                 self.chunked_logits = _logits_agree(self)
-                self.plain, self.forward = _plain_body(self) if plain else (None, type(model).__name__)
+                self.plain, self.forward = _plain_body(self, *facts.shape) if plain else (None, type(model).__name__)
         finally:
             _PROBING.reset(probing)
-        self.info = _model_info(self, name, lowest)
+        self.info = _model_info(self, name, facts, lowest)
 
     @property
     def device(self) -> torch.device:
         """Device that takes the tokens."""
-        return next(iter(self.model.embed.parameters())).device
+        return placement.device_of(self.model.embed)
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Devices that the model runs on: those of the tokens, of the measured layers and of the logits."""
+        found = [self.device, *(norm.device for norm in self.w_norms), placement.device_of(self.model.unembed)]
+        return list(dict.fromkeys(found))
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights are away, in CPU memory or on disk, until their layer runs."""
+        return placement.is_offloaded(getattr(self.model, "original_model", self.model))
 
     def w_out(self, layer: int) -> Float[Tensor, "neuron d_model"]:
-        """Return the output weights of measured layer `layer`, one row a neuron."""
+        """Return the output weights of measured layer `layer`, one row a neuron, on the layer's own device.
+
+        Where they are offloaded, every call reads them anew.
+        """
         return _w_out(self.model, self.layers[layer])
 
     def b_out(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """Return the output bias of measured layer `layer`, or None."""
-        return getattr(self.model.blocks[self.layers[layer]].mlp, "b_out", None)
+        return placement.output_bias(self.model.blocks[self.layers[layer]].mlp)
 
     @contextmanager
     def hooked(self, on_post: PostHook | None) -> Iterator[None]:
@@ -140,13 +114,15 @@ class MLPAdapter:
     def final_residual(
         self, tokens: Int[Tensor, "batch pos"], on_post: PostHook | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """Run the model on `tokens` up to what enters the unembedding, and return that.
+        """Run the model on `tokens` up to what enters the unembedding, and return that, on the unembedding's device.
 
         The unembedding itself sees one position only, so a pass for statistics does not pay for logits.
         """
         if self.plain is not None and not self.model.training and not _hooked(self.model):
-            return self.plain(tokens.to(self.device), on_post)
-        return self._wrapped_residual(tokens, on_post)
+            residual = self.plain(tokens.to(self.device), on_post)
+        else:
+            residual = self._wrapped_residual(tokens, on_post)
+        return residual.to(placement.device_of(self.model.unembed))
 
     def _wrapped_residual(self, tokens: Tensor, on_post: PostHook | None) -> Tensor:
         """`final_residual` by the TransformerLens model itself."""
@@ -163,6 +139,12 @@ class MLPAdapter:
         finally:
             handle.remove()
         return caught[0]
+
+    @contextmanager
+    def unembedding(self) -> Iterator[None]:
+        """Keep the unembedding's weights where they are used while the context is open: `logits` loads nothing."""
+        with placement.materialised(self.model.unembed):
+            yield
 
     def logits(self, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocab"]:
         """Return the logits of rows of `final_residual`, in float32."""
@@ -205,7 +187,7 @@ def attach(model: Any, *, name: str | None = None, plain: bool = True) -> MLPAda
 def load_model(
     model: Any,
     *,
-    device: str | None = None,
+    device: str | placement.DeviceMap | None = None,
     dtype: str = "float32",
     trust_remote_code: bool = False,
 ) -> Any:
@@ -214,7 +196,8 @@ def load_model(
     Args:
         model: A built-in name (`smollm2-135m`), a Hugging Face name, a local folder in HF format, a `.gguf` file, or a
             HookedTransformer or TransformerBridge (checked and returned).
-        device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None.
+        device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None. `"auto"`, or a Hugging Face
+            `device_map` of your own, spreads the layers over GPUs, CPU memory and disk (docs/scale.md).
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         trust_remote_code: Whether code that comes with the weights may run. Off unless you say so.
 
@@ -235,7 +218,9 @@ def load_model(
     )
     booted = _boot(name, folder, hf_model, tokenizer, dtype)
     booted.cfg.model_name = name
-    attach(booted, name=name, plain=False)  # refuses what cannot be measured; whoever measures attaches again
+    adapter = attach(booted, name=name, plain=False)  # refuses what cannot be measured; whoever measures attaches again
+    if adapter.offloaded:
+        booted.cfg.device = str(adapter.device)  # TransformerLens takes it from weights that are on the meta device
     return booted
 
 
@@ -257,7 +242,8 @@ def _boot(name: str, folder: str, hf_model: Any, tokenizer: Any, dtype: str) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return TransformerBridge.boot_transformers(folder, hf_model=hf_model, tokenizer=tokenizer).eval()
+            with placement.untold(hf_model):
+                return TransformerBridge.boot_transformers(folder, hf_model=hf_model, tokenizer=tokenizer).eval()
         except Exception as error:
             raise ModelError(f"TransformerLens {_version()} cannot take {name!r}: {first_line(error)}") from error
 
@@ -284,16 +270,20 @@ def _mlp_layers(model: Any) -> list[int]:
                 f"layer {block} has no hook blocks.{block}.mlp.hook_post in TransformerLens {_version()}; "
                 "a newer TransformerLens may have it"
             )
-        if not hasattr(mlp, "W_out"):
-            raise ModelError(f"layer {block}: {kind} has no W_out, so a neuron's output cannot be told")
-    widths = {tuple(_w_out(model, block).shape) for block in blocks}
+    widths = {
+        shape for block in blocks if (shape := placement.output_shape(model.blocks[block].mlp, block)) is not None
+    }
     if len(widths) > 1:
-        raise ModelError(f"layers differ in width ({sorted(widths)}); only models of one d_mlp can be measured")
+        raise _differ(widths)
     return blocks
 
 
+def _differ(widths: set[tuple[int, ...]]) -> ModelError:
+    return ModelError(f"layers differ in width ({sorted(widths)}); only models of one d_mlp can be measured")
+
+
 def _w_out(model: Any, block: int) -> Float[Tensor, "neuron d_model"]:
-    return model.blocks[block].mlp.W_out.detach()
+    return placement.output_weight(model.blocks[block].mlp, block)
 
 
 def _probe_tokens(model: Any, n_pos: int = 8) -> Int[Tensor, "batch pos"]:
@@ -302,8 +292,11 @@ def _probe_tokens(model: Any, n_pos: int = 8) -> Int[Tensor, "batch pos"]:
     return (torch.arange(n_pos) * 7 + 5).remainder(vocab)[None]
 
 
-def _check_layers(adapter: MLPAdapter) -> float:
-    """Rebuild every MLP's output from its post-activations on one batch; return the smallest post-activation."""
+def _check_layers(adapter: MLPAdapter) -> tuple[WeightFacts, float]:
+    """Rebuild every MLP's output from its post-activations on one batch.
+
+    Returns what is kept of the weights, and the smallest post-activation.
+    """
     posts: dict[int, Tensor] = {}
     outputs: dict[int, list[Tensor]] = {}
     handles = []
@@ -317,24 +310,36 @@ def _check_layers(adapter: MLPAdapter) -> float:
         handles += [module.register_forward_hook(catch) for module in (mlp, getattr(mlp, "out", None)) if module]
     try:
         adapter.final_residual(_probe_tokens(adapter.model), lambda layer, z: posts.update({layer: z.detach()}))
+    except Exception as error:  # meta tensors make a model raise anything
+        if isinstance(error, ModelError) or not adapter.offloaded:
+            raise
+        raise ModelError(
+            f"TransformerLens {_version()} cannot run a model whose weights are away until their layer runs "
+            f"({first_line(error)}); 4.3 can, or load the model on one device"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
-    for layer, block in enumerate(adapter.layers):
-        _check_layer(adapter, layer, block, posts.get(layer), outputs.get(layer, []))
-    return min(float(z.min()) for z in posts.values())
+    facts = WeightFacts()
+    for layer in range(len(adapter.layers)):
+        _check_layer(adapter, layer, facts, posts.get(layer), outputs.get(layer, []))
+    return facts, min(float(z.min()) for z in posts.values())
 
 
-def _check_layer(adapter: MLPAdapter, layer: int, block: int, z: Tensor | None, outputs: list[Tensor]) -> None:
-    w_out, b_out = adapter.w_out(layer), adapter.b_out(layer)
+def _check_layer(adapter: MLPAdapter, layer: int, facts: WeightFacts, z: Tensor | None, outputs: list[Tensor]) -> None:
+    block = adapter.layers[layer]
     if z is None or not outputs:
         raise ModelError(f"layer {block}: blocks.{block}.mlp.hook_post did not fire, so its neurons cannot be measured")
+    w_out, b_out = adapter.w_out(layer), adapter.b_out(layer)
     if z.shape[-1] != w_out.shape[0]:
         raise ModelError(
             f"layer {block}: hook_post is {z.shape[-1]} wide but W_out has {w_out.shape[0]} rows, "
             "so it is not what enters the down projection (a mixture of experts?)"
         )
-    if not torch.isfinite(z).all() or not torch.isfinite(adapter.w_norms[layer]).all():
+    if facts.norms and facts.shape != w_out.shape:
+        raise _differ({facts.shape, tuple(w_out.shape)})
+    facts.add(w_out)
+    if not torch.isfinite(z).all() or not torch.isfinite(facts.norms[-1]).all():
         raise ModelError(f"layer {block}: weights or post-activations are NaN or infinite; load intact weights")
     rebuilt = z.float() @ w_out.float()
     rebuilt = rebuilt if b_out is None else rebuilt + b_out.float()
@@ -353,12 +358,11 @@ def _hooked(model: Any) -> bool:
     return any(not handle.is_permanent for point in model.hook_dict.values() for handle in point.fwd_hooks)
 
 
-def _plain_body(adapter: MLPAdapter) -> tuple[PlainBody | None, str]:
+def _plain_body(adapter: MLPAdapter, n_neuron: int, d_model: int) -> tuple[PlainBody | None, str]:
     """Return the Hugging Face model inside a bridge, if it gives the same numbers; and what runs, with the reason."""
     name, inner = type(adapter.model).__name__, getattr(adapter.model, "original_model", None)
     if inner is None:
         return None, name
-    n_neuron, d_model = adapter.w_out(0).shape
     try:
         body = PlainBody(inner, len(adapter.layers), n_neuron, d_model)
     except (ValueError, AttributeError, TypeError) as error:
@@ -384,32 +388,24 @@ def _logits_agree(adapter: MLPAdapter) -> bool:
     pieces = adapter.logits(adapter.final_residual(tokens))
     scale = float(full.abs().max().clamp_min(1e-30))
     tolerance = _REBUILD_TOLERANCE.get(adapter.model.cfg.dtype, 1e-4)
-    return full.shape == pieces.shape and float((full - pieces).abs().max()) <= tolerance * scale
+    return full.shape == pieces.shape and float((full - pieces.to(full.device)).abs().max()) <= tolerance * scale
 
 
-def _model_info(adapter: MLPAdapter, name: str | None, lowest: float) -> ModelInfo:
-    cfg, w_out = adapter.model.cfg, adapter.w_out(0)
-    digest = hashlib.sha256()
-    for layer in range(len(adapter.layers)):  # in float64, where the order of the sum does not show in three digits
-        norms = adapter.w_out(layer).double().norm(dim=1)
-        digest.update(" ".join(f"{value:.3g}" for value in norms.tolist()).encode())
-    centred = all(
-        float(w.float().mean(dim=1).abs().max()) < 1e-5 * max(float(w.float().abs().max()), 1e-30)
-        for w in (adapter.w_out(layer) for layer in range(len(adapter.layers)))
-    )
+def _model_info(adapter: MLPAdapter, name: str | None, facts: WeightFacts, lowest: float) -> ModelInfo:
+    cfg = adapter.model.cfg
     activation, gated = str(cfg.act_fn), bool(getattr(cfg, "gated_mlp", False))
     if "relu" in activation and not gated and lowest < 0:
         activation = "unknown"  # TransformerLens 4.3 says relu of BLOOM, which has GELU
     return ModelInfo(
         name=name or str(getattr(cfg, "model_name", type(adapter.model).__name__)),
         n_layers=len(adapter.layers),
-        d_model=int(w_out.shape[1]),
-        d_mlp=int(w_out.shape[0]),
+        d_model=facts.shape[1],
+        d_mlp=facts.shape[0],
         activation=activation,
         gated=gated,
-        dtype=str(w_out.dtype).removeprefix("torch."),
-        weights="centred" if centred else "as loaded",
+        dtype=facts.dtype,
+        weights="centred" if facts.centred else "as loaded",
         host=f"{type(adapter.model).__name__}, TransformerLens {_version()}",
         layers=tuple(adapter.layers),
-        fingerprint=digest.hexdigest()[:16],
+        fingerprint=facts.fingerprint,
     )

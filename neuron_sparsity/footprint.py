@@ -12,6 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from neuron_sparsity.divergence import _IN_MEMORY
 from neuron_sparsity.kernels import N_BINS, StatisticsState
 from neuron_sparsity.kernels.reference import BLOCK_TOKEN
 from neuron_sparsity.perplexity import _LOGIT_FLOATS
@@ -128,11 +129,12 @@ class Footprint:
         return self.state + max(self.batch, self.finishing)
 
     def search(self, n_vocab: int) -> int:
-        """Largest memory of a pass with losses and CETT beside the weights."""
+        """Largest memory of a pass with losses and CETT beside the weights, and what KL divergences are taken from."""
         logits = 3 * 4 * max(_LOGIT_FLOATS, 64 * n_vocab)  # with their exponentials
         w_out = 0 if self.itemsize == 4 or self.device == "cuda" else self.d_mlp * self.d_model * 4
         tail = w_out + 2 * min(BLOCK_TOKEN, self.n_tokens) * self.d_mlp * 4
-        return max(self.forward, self.held + tail, self.n_tokens * self.d_model * self.itemsize + logits)
+        losses = self.n_tokens * self.d_model * self.itemsize + logits
+        return _IN_MEMORY + max(self.forward, self.held + tail, losses)
 
     def removal(self, n_vocab: int) -> int:
         """Largest memory of a pass with neurons removed beside the weights: what replaces them, and changed copies."""

@@ -15,14 +15,17 @@ __all__ = [
     "BatchSize",
     "Bos",
     "By",
+    "Calibration",
     "Device",
     "Dtype",
     "Kernels",
+    "Metric",
     "Model",
     "NCtx",
     "Out",
     "P",
     "Packed",
+    "Ps",
     "Quiet",
     "RemoteCode",
     "Replacement",
@@ -62,7 +65,11 @@ BatchSize = Annotated[
     int | None, typer.Option("--batch-size", help="Windows a forward pass. Default: from free memory.")
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="Such as cuda or cpu. Default: the first GPU, else the CPU.")
+    str | None,
+    typer.Option(
+        "--device",
+        help="Such as cuda or cpu; auto: GPUs, memory and disk as they suffice. Default: first GPU, else CPU.",
+    ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")]
 Kernels = Annotated[
@@ -70,6 +77,20 @@ Kernels = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/MODEL-CORPUS.")]
 P = Annotated[float, typer.Option("--p", help="Rise of perplexity in percent.")]
+Ps = Annotated[
+    list[float] | None,
+    typer.Option("--p", help="Rise of perplexity in percent; repeat it for several at once. Default: 1."),
+]
+Metric = Annotated[
+    str,
+    typer.Option("--metric", help="ppl: rise of perplexity. kl: KL divergence from the dense model. Both are told."),
+]
+Calibration = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--calibration", help="Other text to take the thresholds from, as for --text. Default: the same text."
+    ),
+]
 By = Annotated[
     str, typer.Option("--ranking", help="contribution, activation_frequency, maximum, weight_norm or random.")
 ]
@@ -81,7 +102,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no summary.")
 AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on stdout.")]
 
 
-def check_question(p: float, ranking: str = "contribution", replacement: str = "mean", scope: str = "model") -> None:
+def check_question(
+    p: float, ranking: str = "contribution", replacement: str = "mean", scope: str = "model", metric: str = "ppl"
+) -> None:
     """Refuse what no later step would take, before the first step has taken an hour."""
     if not (math.isfinite(p) and p > 0):
         raise ValueError(f"--p must be a positive number of percent, got {p:g}")
@@ -89,6 +112,7 @@ def check_question(p: float, ranking: str = "contribution", replacement: str = "
         ("--ranking", ranking, RANKINGS),
         ("--replacement", replacement, REPLACEMENTS),
         ("--scope", scope, ("model", "layer")),
+        ("--metric", metric, ("ppl", "kl")),
     ):
         if value not in allowed:
             raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
@@ -110,7 +134,11 @@ def check_device(device: str | None, backend: str) -> None:
     import torch
 
     from neuron_sparsity.kernels import choose
+    from neuron_sparsity.placement import require_accelerate
 
+    if device == "auto":
+        require_accelerate(device)
+        device = None  # kernels run on the first GPU, else on the CPU
     try:
         where = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:

@@ -18,14 +18,19 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from neuron_sparsity import parallel
 from neuron_sparsity.adapter import MLPAdapter, PostHook, attach
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.divergence import ScoredRows
 from neuron_sparsity.errors import MeasurementError
 
 __all__ = ["PerplexityResult", "default_batch_size", "perplexity", "token_losses"]
 
 Progress = Callable[[str, int, int], None]
 """`f(label, done, total)`: called after each batch with what runs and how many of how many tokens are done."""
+
+RowHook = Callable[[ScoredRows], None]
+"""`f(rows)`: called with scored positions and their logits."""
 
 _LOGIT_FLOATS = 1 << 23  # logits held at once: 32 MiB of float32
 _BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}  # measured on two cores: 1,024 tokens is fastest, 4,096 costs 8 % more
@@ -89,6 +94,7 @@ def token_losses(
     windows: Windows,
     *,
     on_post: PostHook | None = None,
+    on_rows: RowHook | None = None,
     batch_size: int | None = None,
     progress: Progress | None = None,
     label: str = "dense pass",
@@ -99,6 +105,7 @@ def token_losses(
         adapter: The model.
         windows: The corpus.
         on_post: Called with each layer's post-activations; what it returns replaces them.
+        on_rows: Called with the logits of some scored positions at a time, in order.
         batch_size: Windows a forward pass; chosen from free memory if None.
         progress: Called after each batch.
         label: What the progress says.
@@ -110,40 +117,45 @@ def token_losses(
         batch_size = default_batch_size(adapter, windows.window)
     if not adapter.chunked_logits:
         batch_size = min(batch_size, 1)
+    batch_size = min(parallel.everyones("batch size", batch_size))
+    mine = parallel.share(windows.n_windows, batch_size)
     losses = torch.zeros(windows.tokens.shape)
     with torch.no_grad():
-        for start, tokens in batches(windows, batch_size, progress, label):
+        for start, tokens in batches(windows, batch_size, progress, label, mine.start, mine.stop):
             stop = start + len(tokens)
-            losses[start:stop] = _batch_losses(adapter, tokens, windows.scored[start:stop], on_post)
-    return losses
+            losses[start:stop] = _batch_losses(adapter, tokens, windows.scored[start:stop], start, on_post, on_rows)
+    return parallel.total({"losses": losses})["losses"]  # each rank's windows, and zeros elsewhere
 
 
 def default_batch_size(adapter: MLPAdapter, window: int) -> int:
     """Return how many windows fit a forward pass: a fifth of the free memory, within what is fast."""
     info, heads = adapter.info, int(getattr(adapter.model.cfg, "n_heads", 1) or 1)
     per_token = 4 * (4 * info.d_mlp + 16 * info.d_model + 3 * heads * window)
-    device = adapter.device
-    limit = _BATCH_TOKENS.get(device.type, 4096)
-    return max(1, int(min(limit, 0.2 * _free_bytes(device) / per_token)) // window)
+    devices = adapter.devices
+    # Offloaded weights are read anew for every batch, which costs more than a few thousand tokens do.
+    limit = 16_384 if adapter.offloaded else _BATCH_TOKENS.get(devices[0].type, 4096)
+    return max(1, int(min(limit, 0.2 * min(map(_free_bytes, devices)) / per_token)) // window)
 
 
 def batches(
-    windows: Windows, batch_size: int, progress: Progress | None, label: str, first: int = 0
+    windows: Windows, batch_size: int, progress: Progress | None, label: str, first: int = 0, last: int | None = None
 ) -> Iterator[tuple[int, Int[Tensor, "batch pos"]]]:
-    """Yield (index of the first window, tokens) of each batch from window `first` on, telling progress.
+    """Yield (index of the first window, tokens) of each batch from window `first` up to `last`, telling progress.
 
     Raises:
         ValueError: If `batch_size` is not positive.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    last = windows.n_windows if last is None else last
     if progress:
-        progress(label, first * windows.window, windows.n_tokens)
-    for start in range(first, windows.n_windows, batch_size):
-        tokens = windows.tokens[start : start + batch_size].long()
+        progress(label, first * windows.window, last * windows.window)
+    for start in range(first, last, batch_size):
+        tokens = windows.tokens[start : min(start + batch_size, last)].long()
         yield start, tokens
+        parallel.alive()
         if progress:
-            progress(label, min(start + batch_size, windows.n_windows) * windows.window, windows.n_tokens)
+            progress(label, min(start + batch_size, last) * windows.window, last * windows.window)
 
 
 @contextmanager
@@ -165,34 +177,47 @@ def _out_of_memory(batch_size: int | None, window: int) -> MeasurementError:
 
 
 def _batch_losses(
-    adapter: MLPAdapter, tokens: Int[Tensor, "batch pos"], scored: Bool[Tensor, "batch pos"], on_post: PostHook | None
+    adapter: MLPAdapter,
+    tokens: Int[Tensor, "batch pos"],
+    scored: Bool[Tensor, "batch pos"],
+    first_window: int,
+    on_post: PostHook | None,
+    on_rows: RowHook | None,
 ) -> Float[Tensor, "batch pos"]:
     losses = torch.zeros(tokens.shape)
     mask = scored[:, 1:]
-    with memory_advice(len(tokens), tokens.shape[1]):
+    target = tokens[:, 1:][mask]
+    index = torch.arange(tokens.numel()).view(tokens.shape)[:, 1:][mask] + first_window * tokens.shape[1]
+    with memory_advice(len(tokens), tokens.shape[1]), adapter.unembedding():
         if adapter.chunked_logits:
             residual = adapter.final_residual(tokens, on_post)
-            rows = residual[:, :-1][mask.to(residual.device)]
-            losses[:, 1:][mask] = _row_losses(adapter, rows, tokens[:, 1:][mask]).cpu()
+            hidden = residual[:, :-1][mask.to(residual.device)]
+            step = max(64, _LOGIT_FLOATS // int(adapter.model.cfg.d_vocab))
+            pieces = [
+                _row_losses(index[part], hidden[part], adapter.logits(hidden[part]), target[part], on_rows)
+                for part in (slice(i, i + step) for i in range(0, len(hidden), step))
+            ]
+            losses[:, 1:][mask] = torch.cat(pieces) if pieces else torch.zeros(0)
         else:
             with adapter.hooked(on_post):
                 logits = adapter.model(tokens.to(adapter.device), return_type="logits").float()
             rows = logits[:, :-1][mask.to(logits.device)]
-            target = tokens[:, 1:][mask].to(rows.device)
-            losses[:, 1:][mask] = torch.nn.functional.cross_entropy(rows, target, reduction="none").cpu()
+            losses[:, 1:][mask] = _row_losses(index, None, rows, target, on_rows)
     return losses
 
 
 def _row_losses(
-    adapter: MLPAdapter, rows: Float[Tensor, "row d_model"], target: Int[Tensor, " row"]
+    index: Int[Tensor, " row"],
+    hidden: Float[Tensor, "row d_model"] | None,
+    logits: Float[Tensor, "row vocab"],
+    target: Int[Tensor, " row"],
+    on_rows: RowHook | None,
 ) -> Float[Tensor, " row"]:
-    step = max(64, _LOGIT_FLOATS // int(adapter.model.cfg.d_vocab))
-    target = target.to(rows.device)
-    pieces = [
-        torch.nn.functional.cross_entropy(adapter.logits(rows[i : i + step]), target[i : i + step], reduction="none")
-        for i in range(0, len(rows), step)
-    ]
-    return torch.cat(pieces) if pieces else torch.zeros(0)
+    lse = logits.logsumexp(dim=1)
+    loss = lse - logits.gather(1, target.to(logits.device)[:, None])[:, 0]
+    if on_rows is not None and len(index):
+        on_rows(ScoredRows(index, hidden, logits, lse))
+    return loss.cpu()
 
 
 def _free_bytes(device: torch.device) -> float:

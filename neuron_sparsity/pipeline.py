@@ -7,42 +7,38 @@
     render     -> report.html          needs the folder only, never the model
 
 A step whose file is there already, for the same request, is not run again: an interrupted report goes on where it
-stopped.
+stopped. In a `parallel.session` rank 0 writes these files, into a folder that all ranks see.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from neuron_sparsity import parallel
 from neuron_sparsity.ablation import AblationResult, removable_neurons
 from neuron_sparsity.adapter import MLPAdapter, attach
+from neuron_sparsity.cett_search import Metric
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.kernels import Backend
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import rank
-from neuron_sparsity.recorder import record
+from neuron_sparsity.recorder import drop_finished, record
 from neuron_sparsity.report import Report, report
-from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsity
+from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsities
 from neuron_sparsity.statistics import NeuronStatistics
-from neuron_sparsity.store import RunFolder, decode, read_json, write_json, write_tensors
+from neuron_sparsity.store import RunFolder, blaming, decode, read_json, write_json, write_tensors
 from neuron_sparsity.truncation import TokenActivity, token_activity
+from neuron_sparsity.typed import checked
 
 __all__ = ["Run", "load_run", "render"]
 
 CALIBRATION_SHARE = 2 / 3
 _MAX_WINDOW_BYTES = 64 << 20
-_KINDS: dict[str, tuple[type, ...]] = {
-    "float": (float, int),
-    "int": (int,),
-    "bool": (bool,),
-    "str": (str,),
-    "dict": (dict,),
-}
 
 
 @dataclass
@@ -78,36 +74,54 @@ class Run:
         if self.heldout or self._was_split():
             self.calibration, self.confirmation = self.windows.split(CALIBRATION_SHARE)
         info = self.adapter.info
-        self.folder = RunFolder(
-            self.path,
-            {
-                "kind": "run",
-                "model": {"name": info.name, "fingerprint": info.fingerprint, "dtype": info.dtype},
-                "corpus": self.windows.describe(),
-            },
-        )
+        request = {
+            "kind": "run",
+            "model": {"name": info.name, "fingerprint": info.fingerprint, "dtype": info.dtype},
+            "corpus": self.windows.describe(),
+        }
+        for what, value in (*request.items(), ("calibration part", self.calibration.sha256)):
+            parallel.agreed(what, value)
+        with parallel.leader_first("the run folder is there"):
+            if not parallel.leads() and not (Path(self.path) / "run.json").is_file():
+                raise RunFolderError(
+                    f"{self.path} of rank 0 is not seen here; name with --out a folder all ranks share"
+                )
+            self.folder = RunFolder(self.path, request)
         self._keep_windows(self._measured_windows())
 
-    def sparsity(self, p_percent: float) -> SparsityResult:
-        """Search CETT-PPL-p%, or read it if the folder has it for the same p and text."""
-        found = self._found(
-            "sparsity.json",
-            SparsityResult.from_json,
-            lambda old: old.p_percent == p_percent and old.corpus["sha256"] == self.calibration.sha256,
-        )
-        if found is not None:
-            return found
-        result = cett_ppl_sparsity(
+    def sparsity(
+        self, p_percent: float, *, metric: Metric = "ppl", calibration: Windows | None = None
+    ) -> SparsityResult:
+        """Search CETT-PPL-p% (or CETT-KL-p%), or read it if the folder has it for the same question."""
+        return self.sparsities((p_percent,), metric=metric, calibration=calibration)[0]
+
+    def sparsities(
+        self, p_percents: Sequence[float], *, metric: Metric = "ppl", calibration: Windows | None = None
+    ) -> tuple[SparsityResult, ...]:
+        """Search several p in one, or read them: the first goes to `sparsity.json`, another to `sparsity-p<p>.json`."""
+        names = ["sparsity.json", *(f"sparsity-p{p:g}.json" for p in p_percents[1:])]
+        other = None if calibration is None or calibration.sha256 == self.calibration.sha256 else calibration.sha256
+        found = [
+            self._found(name, SparsityResult.from_json, partial(_answers, (p, metric, self.calibration.sha256, other)))
+            for name, p in zip(names, p_percents, strict=True)
+        ]
+        if parallel.agreed("whether the results are there", all(result is not None for result in found)):
+            return tuple(found)
+        results = cett_ppl_sparsities(
             self.adapter,
             self.calibration,
-            p_percent=p_percent,
+            p_percents=p_percents,
+            metric=metric,
+            calibration=calibration,
             backend=self.backend,
             batch_size=self.batch_size,
             progress=self.progress,
         )
-        write_json(self.folder.file("sparsity.json"), result.to_json())
+        if parallel.leads():
+            for name, result in zip(names, results, strict=True):
+                write_json(self.folder.file(name), result.to_json())
         self._keep_windows(self.calibration)
-        return result
+        return results
 
     def record(self, result: SparsityResult | None = None) -> NeuronStatistics:
         """Record every neuron, counting exactly under a result's thresholds; or read the recording if it is there.
@@ -118,13 +132,14 @@ class Run:
         if result is not None and not result.reached:
             result = None  # its thresholds cut everything: no neuron could be told from another by them
         thresholds = {} if result is None else {result.name: result.thresholds}
-        if self.folder.has("statistics.safetensors"):
+        if parallel.agreed("whether statistics.safetensors is there", self.folder.has("statistics.safetensors")):
             stats = NeuronStatistics.load(self.folder.path)
             path = self.folder.file("statistics.safetensors")
             sha = decode(path, lambda: str(stats.corpus["sha256"]))
-            if result is None and sha in (self.calibration.sha256, self.windows.sha256):
-                return stats
-            if result is not None and sha == self.calibration.sha256 and _same_thresholds(stats, result):
+            whole = result is None and sha in (self.calibration.sha256, self.windows.sha256)
+            if whole or (result is not None and sha == self.calibration.sha256 and _same_thresholds(stats, result)):
+                if parallel.leads():
+                    drop_finished(self.folder.path)
                 return stats
         return record(
             self.adapter,
@@ -164,7 +179,7 @@ class Run:
         path, middle = self.folder.file("passage.json"), self.calibration.n_windows // 2
         if self.folder.has("passage.json"):
             data = read_json(path)
-            found = decode(path, lambda: _built(TokenActivity.from_json, data))
+            found = decode(path, lambda: checked(TokenActivity.from_json(data)))
             same = (data.get("thresholds"), found.corpus.get("sha256"), found.corpus.get("window_index"))
             if same == (result.thresholds, self.calibration.sha256, middle):
                 return found
@@ -178,6 +193,8 @@ class Run:
         Where those are all windows and a search for removable neurons was made on a part of them, that part is there
         as `calibration_tokens`; its held-out part is `heldout_tokens`.
         """
+        if not parallel.leads():
+            return
         parts = {"": main}
         if self.confirmation is not None or self.folder.has("ablation.json"):
             calibration, heldout = self.windows.split(CALIBRATION_SHARE)
@@ -204,8 +221,11 @@ class Run:
         part = self.windows.split(CALIBRATION_SHARE)[0].sha256
         for name in ("sparsity.json", "ablation.json"):
             path = Path(self.path) / name
-            if path.is_file() and dict(read_json(path).get("corpus") or {}).get("sha256") == part:
-                return True
+            if path.is_file():
+                data = read_json(path)
+                with blaming(path):
+                    if data["corpus"]["sha256"] == part:
+                        return True
         return False
 
     def _found(self, name: str, build: Callable[[dict[str, Any]], Any], same: Callable[[Any], bool]) -> Any:
@@ -214,7 +234,7 @@ class Run:
             return None
         path = self.folder.file(name)
         data = read_json(path)
-        old = decode(path, lambda: _built(build, data))
+        old = decode(path, lambda: checked(build(data)))
         return old if decode(path, lambda: same(old)) else None
 
 
@@ -234,7 +254,8 @@ def load_run(path: str | Path) -> dict[str, Any]:
     for key, (name, build) in builders.items():
         file = folder.file(name)
         data = read_json(file) if folder.has(name) else None
-        found[key] = None if data is None else decode(file, partial(_built, build, data))
+        with blaming(file):
+            found[key] = None if data is None else checked(build(data))
     return found
 
 
@@ -249,25 +270,17 @@ def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:
         RunFolderError: If there is nothing to render, files do not fit together, or the page cannot be written.
     """
     found = load_run(path) if found is None else found
-    try:
+    mend = "if a file in it was edited, delete that file and run its step again"
+    with blaming(Path(path), "cannot be rendered", mend):
         page = report(found["stats"], found["result"], found["removed"], passage=found["passage"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        raise RunFolderError(
-            f"{path} cannot be rendered ({reason}); if a file in it was edited, delete that file and run its step again"
-        ) from error
-    page.save(Path(path) / "report.html")
+        page.save(Path(path) / "report.html")
     return page
 
 
-def _built(build: Callable[[dict[str, Any]], Any], data: dict[str, Any]) -> Any:
-    """Build a result from JSON, and refuse fields of another type: `from_json` takes whatever a file says."""
-    result = build(data)
-    for field in fields(result):
-        kinds, value = _KINDS.get(str(field.type).split("[")[0]), getattr(result, field.name)
-        if kinds is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-            raise TypeError(f"{field.name} must be {field.type}, got {type(value).__name__}")
-    return result
+def _answers(asked: tuple[Any, ...], old: SparsityResult) -> bool:
+    """Whether a search answers what is asked: p, metric, text, and text of the thresholds if it is another."""
+    other = None if old.calibration is None else old.calibration["sha256"]
+    return (old.p_percent, old.metric.removeprefix("cett_"), old.corpus["sha256"], other) == asked
 
 
 def _question(removed: AblationResult) -> tuple[Any, ...]:

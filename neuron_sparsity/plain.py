@@ -15,6 +15,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from neuron_sparsity.placement import hook_of, materialised, run_hooked
+
 __all__ = ["PlainBody", "down_projections", "output_rows", "relative_error", "unwrapped"]
 
 
@@ -78,9 +80,16 @@ def _unwrapped(module: nn.Module, config: Any, fused: Any, done: dict[int, nn.Mo
         inner = inner.original_component  # type: ignore[assignment]
     if id(inner) in done:
         return done[id(inner)]
-    if "forward" in vars(inner) or hasattr(inner, "_hf_hook"):
-        raise ValueError(f"{type(inner).__name__} has a forward of its own (weights on several devices?)")
+    hook = hook_of(inner)
+    # accelerate puts its own forward over the class's; anything else that stands there would be lost in a copy.
+    own = vars(inner).get("forward") if hook is None else vars(inner).get("_old_forward")
+    if own is not None and (hook is None or getattr(own, "__func__", None) is not type(inner).forward):
+        raise ValueError(f"{type(inner).__name__} has a forward of its own")
     made = copy.copy(inner)
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        vars(made).pop(name, None)
+    if hook is not None:
+        run_hooked(made, inner)
     done[id(inner)] = made
     made._modules = {
         name: child if child is None else _unwrapped(child, config, fused, done)
@@ -118,8 +127,9 @@ def _maps(module: nn.Module, d_in: int, d_out: int) -> bool:
 
 
 def output_rows(module: nn.Module) -> Float[Tensor, "neuron d_model"]:
-    """Return a down projection's weights in float32, one row a neuron."""
-    weight: Tensor = module.weight.detach()  # type: ignore[assignment, union-attr, operator]
+    """Return a down projection's weights in float32, one row a neuron, also where they wait on disk."""
+    with materialised(module):
+        weight: Tensor = module.weight.detach()  # type: ignore[assignment, union-attr, operator]
     return (weight if type(module).__name__ == "Conv1D" else weight.t()).float()
 
 

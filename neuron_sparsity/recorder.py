@@ -5,15 +5,14 @@
 2. Memory does not grow with the number of tokens: per neuron a few sums, 64 histogram bins and K examples.
 3. With a folder, the state is written there once a minute and when a signal asks to stop; the next call goes on from
    it, and ends with the same bits as a recording that was never interrupted.
+4. In a `parallel.session` each rank records its own windows, with a state of its own; at the end they are added up.
 """
 
 from __future__ import annotations
 
-import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,19 +21,22 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.allocator import give_back_freed_memory
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.errors import MeasurementError, RunFolderError
+from neuron_sparsity.errors import MeasurementError, RankError, RunFolderError
+from neuron_sparsity.interrupts import stop_requested
 from neuron_sparsity.kernels import Backend, StatisticsState
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
-from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
+from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics, check_tensor
 from neuron_sparsity.store import decode, make_folder, provenance, read_tensors, write_tensors
 
-__all__ = ["NeuronStatistics", "record"]
+__all__ = ["NeuronStatistics", "drop_finished", "record"]
 
 PARTIAL = "record.partial.safetensors"
+"""The state of an interrupted recording. The second of three ranks has `record.partial.1-of-3.safetensors`."""
+
 _PEAK_VALUES = 1 << 22  # activations copied at once to look for the largest
 _ROWS = 1 << 12  # contexts of examples gathered at once
 _OWN = ("maximum", "example_value", "example_position")
@@ -72,7 +74,8 @@ def record(
 
     Raises:
         MeasurementError: If post-activations are NaN or infinite, or memory runs out.
-        RunFolderError: If `folder` cannot be written or holds another recording.
+        RankError: If another rank of a `parallel.session` is gone or has failed.
+        RunFolderError: If `folder` cannot be written or holds another recording, or one of another number of ranks.
         ValueError: If a set of thresholds does not have one number >= 0 a layer, `n_examples` or `batch_size`
             cannot be, or the backend cannot run here.
         KeyboardInterrupt: After SIGINT or SIGTERM, once the state (or, at the very end, the result) is written.
@@ -81,30 +84,86 @@ def record(
     if n_examples < 0:
         raise ValueError(f"n_examples must be >= 0, got {n_examples}")
     recording = _Recording(adapter, windows, thresholds or {}, n_examples, backend)
-    path = None if folder is None else Path(folder) / PARTIAL
-    if path is not None:
-        make_folder(path.parent)
-        batch_size = recording.resume(path, batch_size) or batch_size
+    path = None if folder is None else _partial(Path(folder))
+    begun = None if path is None else recording.resume(path, batch_size)
     if batch_size is None:
         batch_size = default_batch_size(adapter, windows.window)
-    written = time.monotonic()
-    with torch.no_grad(), _stop_requested(path is not None) as stop:
-        for start, tokens in batches(windows, batch_size, progress, "recording neurons", recording.next_window):
-            with memory_advice(batch_size, windows.window):
-                recording.add(start, tokens)
-            if path is not None and (stop.is_set() or time.monotonic() - written > checkpoint_seconds):
+    batch_size = _common_batch_size(begun, batch_size)
+    recording.take_share(batch_size)
+    with torch.no_grad(), stop_requested(path is not None) as stop:
+        try:
+            _run(recording, batch_size, path, stop, checkpoint_seconds, progress)
+        except RankError:
+            if path is not None:
                 recording.write(path, batch_size)
-                written = time.monotonic()
-            if stop.is_set():
-                raise KeyboardInterrupt
+            raise
     give_back_freed_memory()  # of the batches: what follows takes almost as much as the state
     stats = recording.finish()
     if folder is not None and path is not None:
-        stats.save(folder)
+        if parallel.leads():
+            stats.save(folder)
+        parallel.meet("statistics are saved")
         path.unlink(missing_ok=True)
-    if stop.is_set():  # during the last batch: the result is kept, but whoever asked wants no next step
+    if stop.is_set():  # in the last batch: the result is kept, but whoever asked wants no next step
         raise KeyboardInterrupt
     return stats
+
+
+def _run(
+    recording: _Recording,
+    batch_size: int,
+    path: Path | None,
+    stop: threading.Event,
+    checkpoint_seconds: float,
+    progress: Progress | None,
+) -> None:
+    """Record all windows of this rank that are left, writing the state now and then."""
+    windows, (first, last) = recording.windows, (recording.next_window, recording.share.stop)
+    written = time.monotonic()
+    for start, tokens in batches(windows, batch_size, progress, "recording neurons", first, last):
+        with memory_advice(batch_size, windows.window):
+            recording.add(start, tokens)
+        if path is not None and (stop.is_set() or time.monotonic() - written > checkpoint_seconds):
+            recording.write(path, batch_size)
+            written = time.monotonic()
+        if stop.is_set():
+            raise KeyboardInterrupt
+    if path is not None and parallel.position():  # another rank may be lost before all are added up
+        recording.write(path, batch_size)
+
+
+def _partial(folder: Path) -> Path:
+    """Return where this rank keeps its state, once it is sure that no other number of ranks has left theirs.
+
+    Raises:
+        RunFolderError: If the folder cannot be written, or holds a recording begun with another number of ranks.
+    """
+    make_folder(folder)
+    stem, suffix = PARTIAL.removesuffix(".safetensors"), ".safetensors"
+    n_ranks = (position := parallel.position()).rpartition("-")[2] or "1"
+    for found in (*sorted(folder.glob(f"{stem}.*-of-*{suffix}")), *folder.glob(PARTIAL)):
+        begun = "1" if found.name == PARTIAL else found.name.removesuffix(suffix).rpartition("-of-")[2]
+        if begun != n_ranks:
+            processes = "one process" if begun == "1" else f"{begun} processes"
+            raise RunFolderError(
+                f"{found} was begun with {processes}: go on with as many, or delete {stem}.* there to start afresh"
+            )
+    return folder / (f"{stem}.{position}{suffix}" if position else PARTIAL)
+
+
+def _common_batch_size(begun: int | None, wanted: int) -> int:
+    """Return the batch size of all ranks: the one that some began with, else the smallest.
+
+    Raises:
+        RunFolderError: If ranks began with different ones.
+    """
+    said = parallel.everyones("batch size of the recording", (begun, wanted))
+    kept = {size for size, _ in said if size is not None}
+    if len(kept) > 1:
+        raise RunFolderError(
+            f"the ranks began this recording with batch sizes {sorted(kept)}; delete their states to start afresh"
+        )
+    return kept.pop() if kept else min(size for _, size in said)
 
 
 class _Recording:
@@ -120,6 +179,7 @@ class _Recording:
     ) -> None:
         info = adapter.info
         self.adapter, self.windows, self.next_window = adapter, windows, 0
+        self.share = range(windows.n_windows)
         self.backend = backend
         devices = [norm.device for norm in adapter.w_norms]
         self.backends = sorted({kernels.choose(device, backend).name for device in devices})
@@ -192,6 +252,11 @@ class _Recording:
         order = candidates.argsort(dim=1, descending=True, stable=True)[:, : values.shape[1]]
         values[better], positions[better] = candidates.gather(1, order), places.gather(1, order)
 
+    def take_share(self, batch_size: int) -> None:
+        """Begin with this rank's windows, unless a state was taken up that is in the middle of them."""
+        self.share = parallel.share(self.windows.n_windows, batch_size)
+        self.next_window = self.next_window or self.share.start
+
     def _identity(self) -> dict[str, Any]:
         return {
             "fingerprint": self.adapter.info.fingerprint,
@@ -224,6 +289,8 @@ class _Recording:
         same = header.get("identity") == self._identity() and torch.equal(
             tensors.get("thresholds", torch.empty(0)), self.thresholds
         )
+        if not same and not parallel.position() and drop_finished(path.parent):
+            return None
         if not same:
             raise RunFolderError(f"{path} is of another recording; delete it to start afresh")
         if batch_size is not None and batch_size != header.get("batch_size"):
@@ -235,10 +302,17 @@ class _Recording:
 
     def _restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> int:
         next_window, batch_size = int(header["next_window"]), int(header["batch_size"])
-        if not 0 <= next_window <= self.windows.n_windows or batch_size < 1:
-            raise ValueError(f"next_window is {next_window} of {self.windows.n_windows}, batch_size {batch_size}")
+        share = parallel.share(self.windows.n_windows, max(1, batch_size))
+        if not share.start <= next_window <= share.stop or batch_size < 1:
+            raise ValueError(f"next_window is {next_window} of {share.stop}, batch_size {batch_size}")
+        n_tokens = (next_window - share.start) * self.windows.window
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor, n_tokens)
+        position, end = tensors["example_position"], next_window * self.windows.window
+        if ((position < -1) | (position >= end) | ((position >= 0) & (position < end - n_tokens))).any():
+            raise ValueError(f"example_position is outside the {n_tokens} tokens that were seen")
         for layer, state in enumerate(self.states):
-            state.n_tokens = next_window * self.windows.window
+            state.n_tokens = n_tokens
             for name in _OWN:
                 _fill(name, getattr(self, name)[layer], tensors[name][layer])
             for name in _STATE:
@@ -247,8 +321,8 @@ class _Recording:
         return batch_size
 
     def finish(self) -> NeuronStatistics:
-        """Return the statistics, with the text around each example."""
-        stacked = self._stacked()
+        """Return the statistics of all ranks, with the text around each example."""
+        stacked = _pooled(self._stacked())
         n_tokens = self.windows.n_tokens
         context = _contexts(self.windows.tokens, stacked["example_position"])
         pieces = context.view(-1, CONTEXT_LENGTH).split(_ROWS)
@@ -266,6 +340,7 @@ class _Recording:
             w_norm=torch.stack([norm.cpu() for norm in self.adapter.w_norms]),
             token_strings={token: tokenizer.decode([token]) for token in ids} if tokenizer else {},
             provenance=provenance()
+            | parallel.described()
             | {"forward": self.adapter.forward, "backends": {"neuron_statistics": " + ".join(self.backends)}},
             **stacked,
         )
@@ -289,6 +364,42 @@ class _PerLayer:
         return torch.stack([layer.cpu() for layer in self.layers])
 
 
+def _pooled(own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what all ranks have recorded together; examples in the order, and ties to the window, of one process."""
+    if not parallel.position():
+        return own
+    summed = parallel.total({name: own[name] for name in (*_STATE, "maximum")}, maxima=("maximum",))
+    values, positions = own["example_value"].clone(), own["example_position"].clone()
+    for layer in range(len(values)):  # a layer at a time: memory does not grow with the number of ranks
+        value = torch.cat(parallel.gather(values[layer]), dim=1)
+        position = torch.cat(parallel.gather(positions[layer]), dim=1)
+        # Earlier ranks hold earlier windows, and the sort is stable.
+        order = value.argsort(dim=1, descending=True, stable=True)[:, : values.shape[2]]
+        values[layer], positions[layer] = value.gather(1, order), position.gather(1, order)
+    return summed | {"example_value": values, "example_position": positions}
+
+
+def drop_finished(folder: Path) -> bool:
+    """Remove the state of a recording whose result is in the folder; return whether there was one.
+
+    A kill between writing the result and removing the state leaves both.
+
+    Raises:
+        RunFolderError: If one of them is damaged.
+    """
+    path, result = folder / PARTIAL, folder / "statistics.safetensors"
+    if not (path.is_file() and result.is_file()):
+        return False
+    (state, header), (found, own) = read_tensors(path), read_tensors(result)
+    of_state = decode(path, lambda: (header["identity"]["corpus"], header["identity"]["threshold_names"]))
+    of_result = decode(result, lambda: (own["corpus"]["sha256"], own["threshold_names"]))
+    cuts = [tensors.get("thresholds", torch.empty(0)) for tensors in (state, found)]
+    finished = of_state == of_result and torch.equal(*cuts)
+    if finished:
+        path.unlink()
+    return finished
+
+
 def _fill(name: str, target: Tensor, source: Tensor) -> None:
     if source.shape != target.shape or source.dtype != target.dtype:
         raise ValueError(f"{name} is {source.dtype} {list(source.shape)}, not {target.dtype} {list(target.shape)}")
@@ -307,26 +418,3 @@ def _contexts(tokens: Tensor, position: Tensor) -> Tensor:
         inside = (pos >= 0) & (pos < n_pos) & (where >= 0)[:, None]
         found.copy_(flat.take((where[:, None] + offset).clamp_(0, len(flat) - 1)).masked_fill_(~inside, -1))
     return context
-
-
-@contextmanager
-def _stop_requested(active: bool) -> Iterator[threading.Event]:
-    """Turn the first SIGINT or SIGTERM into an event; a second one acts at once. Only in the main thread."""
-    stop = threading.Event()
-    if not active or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python

@@ -15,7 +15,7 @@ import numpy as np
 
 __all__ = ["RootEstimate", "at_root", "estimate_root", "next_cett", "spread"]
 
-_NEAR = 0.25  # in log(rise): points as close to the target lie on one line
+NEAR = 0.25  # in log(rise): points as close to the target lie on one line
 _SPREAD = 0.04  # in log(CETT): how far around the root passes are made
 
 
@@ -27,18 +27,20 @@ class RootEstimate:
         cett: The estimate.
         error: Its standard error, in log(rise): 0.01 is one percent of the wanted rise.
         n_points: Passes it rests on.
+        slope: Of log(rise) over log(CETT) there.
     """
 
     cett: float
     error: float
     n_points: int
+    slope: float
 
 
 def spread(root: RootEstimate, points: Sequence[tuple[float, float]]) -> float:
     """Return where around an estimate the next pass tells most: within 4 %, as far as can be from those made.
 
-    The jitter of passes close to one another is not independent: six passes within 0.1 % of each other scattered by
-    0.01 points and were all 0.08 points off the line through twelve passes 1 % apart.
+    Passes apart from each other show the slope; and the jitter of passes very close to one another may be shared
+    (docs/measured.md has how they scatter).
     """
     centre, tried = math.log(root.cett), np.log([e for e, _ in points])
     places = [min(0.0, centre + step) for step in np.linspace(-_SPREAD, _SPREAD, 9)]
@@ -72,7 +74,7 @@ def estimate_root(
         >>> round(root.cett, 4), round(root.error, 3), root.n_points
         (0.0998, 0.01, 3)
     """
-    near = [point for point in _by_distance(points, target) if abs(point[1] - math.log(target)) < _NEAR]
+    near = [point for point in _by_distance(points, target) if abs(point[1] - math.log(target)) < NEAR]
     if not near:
         return None
     x, y = np.array(near).T
@@ -87,7 +89,7 @@ def estimate_root(
     variance = (4 * jitter**2 + float(residual @ residual)) / (len(near) + 3)
     there = np.array([1.0, at])
     error = math.sqrt(variance * float(there @ np.linalg.solve(normal, there)))
-    return RootEstimate(min(1.0, math.exp(centre + at)), error, len(near))
+    return RootEstimate(min(1.0, math.exp(centre + at)), error, len(near), float(slope))
 
 
 def next_cett(points: Sequence[tuple[float, float]], target: float, *, prior_slope: float = 2.0) -> float:
@@ -115,7 +117,7 @@ def next_cett(points: Sequence[tuple[float, float]], target: float, *, prior_slo
     if not risen:
         return min(1.0, 4 * max(e for e, _ in points))
     slope = _slope(risen, prior_slope)
-    near = [(x, y) for x, y in risen if abs(y - math.log(target)) < _NEAR] or risen[:1]
+    near = [(x, y) for x, y in risen if abs(y - math.log(target)) < NEAR] or risen[:1]
     proposal = float(np.mean([x + (math.log(target) - y) / slope for x, y in near]))
     proposal = min(max(proposal, risen[0][0] - math.log(4)), risen[0][0] + math.log(4), 0.0)
     ordered = sorted((math.log(e), d >= target) for e, d in points)

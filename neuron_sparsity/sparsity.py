@@ -1,18 +1,21 @@
 """CETT-PPL-p%: how few neurons may stay active, token by token, before perplexity rises by p percent.
 
-The metric is that of *Sparsing Law* (arXiv:2411.02335; "PPL-p%" in its first version). The search:
+The metric is that of *Sparsing Law* (arXiv:2411.02335; "PPL-p%" in its first version). The search, pass by pass
+(`evaluation` makes the passes):
 
-1. `curves.probe_curves` on a few hundred tokens: roughly which thresholds belong to which CETT.
-2. Dense and truncated passes on a quarter of the windows: roughly which CETT costs p percent. The rise of the loss
-   goes like CETT to the power of about two, so at most three truncated passes are enough.
-3. One dense pass over all windows: every token's loss, and exact CETT curves around that CETT.
-4. Truncated passes over all windows, all layers at once. The rise jitters, so passes are made around p until the line
-   through all of them tells the root to a part of the tolerance, and then at that root: one pass that happens to hit p
-   may lie several percent of CETT away from it.
-5. A dense pass measures every layer's CETT at the thresholds found; where one misses by more than 0.4 %, thresholds
-   are interpolated anew with that point, and evaluated again.
+1. An eighth of the windows: rough CETT curves, and the CETT at which the mean KL divergence from the dense to the
+   truncated model is log(1 + p/100). KL divergence is steady, and the rise of the loss is not far from it.
+2. One dense pass over all windows: every token's loss, and exact CETT curves around that CETT.
+3. Truncated passes over all windows, all layers at once: at that CETT, then where the line through the passes in
+   (log CETT, log rise) puts p, until one is within the tolerance and near where all of them together put p.
+4. The CETT of the thresholds found is checked; where a layer misses by more than 0.4 %, thresholds are interpolated
+   anew with a point measured there, and evaluated again.
 
-What is returned was measured: thresholds, the rise at exactly these thresholds, the neurons active in that pass.
+What is returned was measured: thresholds, the rise at exactly these thresholds, the neurons active in that pass. Where
+all passes together put p, with an interval, is in `estimates`, for both metrics: the same passes tell both.
+
+CETT-KL-p% asks for the CETT at which the mean KL divergence is log(1 + p/100): what the rise of perplexity would be on
+text drawn from the model itself. It needs a tenth of the text to be known as well (docs/method.md).
 """
 
 from __future__ import annotations
@@ -25,44 +28,30 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from torch import Tensor
 
-from neuron_sparsity import kernels
-from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
+from neuron_sparsity import kernels, parallel
+from neuron_sparsity.adapter import ModelInfo, attach
+from neuron_sparsity.cett_search import METRICS, CettSearch, Goal, Metric
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.curves import CettCurves, CurveRecorder, ascending, measure_curves, probe_curves
-from neuron_sparsity.perplexity import Progress, mean_loss, token_losses
-from neuron_sparsity.search import RootEstimate, at_root, estimate_root, next_cett, spread
+from neuron_sparsity.evaluation import Evaluation, Evaluator
+from neuron_sparsity.interval import Estimate, estimate
+from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.store import provenance
-from neuron_sparsity.truncation import (
-    TokenActivity,
-    apply_thresholds,
-    sparsify,
-    token_activity,
-    truncated_losses,
-)
+from neuron_sparsity.truncation import TokenActivity, apply_thresholds, sparsify, token_activity
 
 __all__ = [
+    "Estimate",
     "LayerThreshold",
     "SparsityResult",
     "TokenActivity",
     "apply_thresholds",
+    "cett_ppl_sparsities",
     "cett_ppl_sparsity",
     "sparsify",
     "token_activity",
 ]
 
-_CURVE_FACTORS = (0.5, 0.75, 0.9, 1.1, 1.3, 1.8)  # close to 1: on tiny models the CETT is then met to 0.5 %, not 2 %
-_NEARER_FACTORS = (0.96, 1.04)  # measured around a CETT that is inside the curves but not in their middle
-_FURTHER_FACTORS = (0.7, 1.0, 1.3)  # and around one that is outside
 _FIRST_CETT = 0.05  # at p = 1 (0.04 measured on smollm2-135m); from there by the square root of p
-_MAX_EVALUATIONS = 9
-_MAX_SETTLING = 3  # passes at the root, until the rise of one is within the tolerance
-_MIN_CETT = 1e-6
-_JITTER = 0.04  # of the rise at p = 1 and 4,096 tokens, in percentage points (measured: docs/measured.md)
-_ROOT_ERROR = 0.2  # standard error of the root that ends the search, in tolerances
-_AT_ROOT = 0.003  # in log(CETT): a pass that close to the root stands for it
-_CETT_TOLERANCE = 0.004  # of each layer's measured CETT against the common one, relative
 
 
 @dataclass(frozen=True)
@@ -72,7 +61,8 @@ class LayerThreshold:
     Attributes:
         layer: Block index.
         threshold: Cut on the contribution; a neuron below it is truncated.
-        cett: CETT of that cut on the dense run's activations, measured on every token.
+        cett: CETT of that cut on the dense run's activations: measured on every token, or interpolated between exact
+            values close by and corrected by a measurement on some windows (`cett_measured_on` of the result).
         activation_ratio: Share of (token, neuron) pairs active in the truncated run.
         w_norm_mean: Mean norm of the layer's output weight rows: tells other weights apart.
     """
@@ -97,16 +87,22 @@ class SparsityResult:
         cett: The CETT common to all layers.
         activation_ratio: Mean over layers of the share of (token, neuron) pairs active in the truncated run.
         layers: Threshold, CETT and activation ratio of each layer.
-        converged: Whether the measured rise is within `tolerance_percent` of p.
+        converged: Whether the measured rise (of the metric) is within `tolerance_percent` of p.
         tolerance_percent: In percentage points.
         evaluations: CETT 0, where only exact zeros are cut and nothing changes, then every truncated pass over all
-            windows: cett, ppl, ppl_increase_percent, activation_ratio.
+            windows: cett, ppl, ppl_increase_percent, kl, activation_ratio.
         curves: Every layer's measured CETT curve.
         silent_tokens: (layer, token) pairs left out of the CETT because the MLP's output is zero there.
         model: What was measured.
         corpus: On what.
         cost: `forward_passes` over the corpus, `seconds`, and `dense_passes`: seconds in units of one dense pass.
         provenance: Versions, seed, command.
+        metric: `"cett_ppl"`, or `"cett_kl"` if the KL divergence was asked for.
+        kl: Mean KL divergence from the dense to the truncated model at the returned thresholds, in nats a token.
+        estimates: For both metrics, where all passes together put p, with a 95 % interval of the activation ratio; a
+            metric that no pass came near is left out.
+        calibration: Text that the CETT curves were measured on; None if it is `corpus` too.
+        cett_measured_on: Tokens that the CETT of the returned thresholds was measured on.
     """
 
     p_percent: float
@@ -126,6 +122,11 @@ class SparsityResult:
     corpus: dict[str, Any]
     cost: dict[str, float]
     provenance: dict[str, Any]
+    metric: str = "cett_ppl"
+    kl: float | None = None
+    estimates: tuple[Estimate, ...] = ()
+    calibration: dict[str, Any] | None = None
+    cett_measured_on: int | None = None
 
     @property
     def sparsity_ratio(self) -> float:
@@ -140,17 +141,21 @@ class SparsityResult:
     @property
     def name(self) -> str:
         """Such as `CETT-PPL-1%`."""
-        return f"CETT-PPL-{self.p_percent:g}%"
+        return f"CETT-{'KL' if self.metric == 'cett_kl' else 'PPL'}-{self.p_percent:g}%"
+
+    def estimate(self, metric: Metric) -> Estimate | None:
+        """Return the estimate of one metric, if there is one."""
+        return next((found for found in self.estimates if found.metric == f"cett_{metric}"), None)
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `sparsity.json`."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__} | {
-            "metric": "cett_ppl",
             "sparsity_ratio": self.sparsity_ratio,
             "model": self.model.to_json(),
             "layers": [vars(layer) for layer in self.layers],
             "evaluations": list(self.evaluations),
             "curves": list(self.curves),
+            "estimates": [found.to_json() for found in self.estimates],
         }
         return data
 
@@ -162,11 +167,13 @@ class SparsityResult:
             KeyError, TypeError: If keys are missing or of the wrong type.
         """
         keys = LayerThreshold.__dataclass_fields__
-        own = {name: data[name] for name in cls.__dataclass_fields__} | {
+        since = ("metric", "kl", "estimates", "calibration", "cett_measured_on")  # files of 0.1 lack some
+        own = {name: data[name] for name in cls.__dataclass_fields__ if name in data or name not in since} | {
             "model": ModelInfo.from_json(data["model"]),
             "layers": tuple(LayerThreshold(**{key: layer[key] for key in keys}) for layer in data["layers"]),
             "evaluations": tuple(data["evaluations"]),
             "curves": tuple(data["curves"]),
+            "estimates": tuple(Estimate.from_json(found) for found in data.get("estimates", ())),
         }
         return cls(**own)
 
@@ -176,6 +183,8 @@ def cett_ppl_sparsity(
     windows: Windows,
     *,
     p_percent: float = 1.0,
+    metric: Metric = "ppl",
+    calibration: Windows | None = None,
     tolerance_percent: float | None = None,
     backend: kernels.Backend = "auto",
     batch_size: int | None = None,
@@ -184,13 +193,15 @@ def cett_ppl_sparsity(
     """Return CETT-PPL-p%: thresholds, activation ratio and the measured rise of perplexity (arXiv:2411.02335).
 
     A small step in CETT flips neurons that lie at a threshold, so the rise jitters from one CETT to the next (by about
-    0.04 percentage points at 4,096 tokens). The result is a measured pass where the line through all passes puts p:
-    two searches agree to about 0.001 of activation ratio at 8,192 tokens, not to the last digit.
+    0.04 percentage points at 4,096 tokens). The result is a measured pass close to where the line through all passes
+    puts p; `estimates` has that place, with an interval: the text is a sample, and that matters more.
 
     Args:
         model: TransformerLens model or adapter.
-        windows: Calibration and evaluation text.
+        windows: Evaluation text, and calibration text too if there is no other.
         p_percent: Rise of perplexity, > 0.
+        metric: `"ppl"`, or `"kl"`: the CETT at which the mean KL divergence is log(1 + p/100).
+        calibration: Other text to measure the CETT of thresholds on.
         tolerance_percent: How close to p the measured rise must come; 0.05 points (0.05 p below p = 1) if None.
         backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`; `provenance` of the result says which ran.
         batch_size: Windows a forward pass; chosen from free memory if None.
@@ -203,213 +214,146 @@ def cett_ppl_sparsity(
         ValueError: If `p_percent` is not a positive number, or the backend cannot run here.
         MeasurementError: If activations or losses are NaN, or memory runs out.
     """
-    if not (math.isfinite(p_percent) and p_percent > 0):
-        raise ValueError(f"p must be a positive number of percent, got {p_percent}")
-    tolerance = 0.05 * min(1.0, p_percent) if tolerance_percent is None else tolerance_percent
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance must be a positive number of percentage points, got {tolerance}")
-    options: dict[str, Any] = {"batch_size": batch_size, "progress": progress}
-    return _Search(attach(model), windows, p_percent, tolerance, backend, options).run()
+    (result,) = cett_ppl_sparsities(
+        model,
+        windows,
+        p_percents=(p_percent,),
+        metric=metric,
+        calibration=calibration,
+        tolerance_percent=tolerance_percent,
+        backend=backend,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return result
 
 
-class _Search:
-    """One search: the passes it has made and what they showed."""
+def cett_ppl_sparsities(
+    model: Any,
+    windows: Windows,
+    *,
+    p_percents: Sequence[float] = (1.0, 5.0, 10.0),
+    metric: Metric = "ppl",
+    calibration: Windows | None = None,
+    tolerance_percent: float | None = None,
+    backend: kernels.Backend = "auto",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[SparsityResult, ...]:
+    """Return `cett_ppl_sparsity` for several p at once: they share the dense pass and each other's truncated passes.
 
-    def __init__(
-        self,
-        adapter: MLPAdapter,
-        windows: Windows,
-        p_percent: float,
-        tolerance: float,
-        backend: kernels.Backend,
-        options: dict[str, Any],
-    ) -> None:
-        self.adapter, self.windows = adapter, windows
-        self.p_percent, self.tolerance = p_percent, tolerance
-        self.target = math.log1p(p_percent / 100)
-        self.jitter = _JITTER * min(1.0, 1 / p_percent) * math.sqrt(4096 / max(1, int(windows.scored.sum())))
-        self.options, self.backend = options, backend
-        self.backends = {kernels.choose(norm.device, backend).name for norm in adapter.w_norms}
-        self.passes = 0.0
-        self.dense_seconds_per_token = 0.0
-        self.ppl_dense = math.nan
-        self.evaluations: list[dict[str, Any]] = []
+    Args:
+        model: As for `cett_ppl_sparsity`, and so are the others.
+        windows: As there.
+        p_percents: Rises of perplexity, each > 0.
+        metric: As there.
+        calibration: As there.
+        tolerance_percent: As there, for all p; by default 0.05 points, at p > 1 a fiftieth of p if that is more.
+        backend: As there.
+        batch_size: As there.
+        progress: As there.
 
-    def run(self) -> SparsityResult:
-        start = time.perf_counter()
-        probe = probe_curves(self.adapter, self.windows, backend=self.backend)
-        self.passes += min(2, self.windows.n_windows) / self.windows.n_windows
-        guess = self._rough_cett(probe)
-        dense, curves = self._dense_pass(probe, guess)
-        guess = curves.mean_cett(probe.thresholds_at(guess))  # the probe's CETT is good to a few percent
-        self.ppl_dense = math.exp(mean_loss(dense, self.windows.scored))
-        curves = self._bracket(dense, curves, guess)
-        best, measured, curves = self._settle(dense, curves)
-        seconds = time.perf_counter() - start
-        return self._result(best, measured, curves, seconds)
+    Returns:
+        One result for each p, in their order; `cost` is that of all of them.
+    """
+    if not p_percents:
+        raise ValueError("p_percents must hold at least one p")
+    for p_percent in p_percents:
+        if not (math.isfinite(p_percent) and p_percent > 0):
+            raise ValueError(f"p must be a positive number of percent, got {p_percent}")
+    if tolerance_percent is not None and not (math.isfinite(tolerance_percent) and tolerance_percent > 0):
+        raise ValueError(f"tolerance must be a positive number of percentage points, got {tolerance_percent}")
+    if metric not in METRICS:
+        raise ValueError(f"metric must be 'ppl' or 'kl', got {metric!r}")
+    if calibration is not None and calibration.sha256 == windows.sha256:
+        calibration = None
+    start = time.perf_counter()
+    evaluator = Evaluator(
+        attach(model), windows, calibration=calibration, backend=backend, batch_size=batch_size, progress=progress
+    )
+    goals = [Goal(p, metric, tolerance_percent or _tolerance(p), windows.n_scored) for p in sorted(set(p_percents))]
+    first = [min(0.9, _FIRST_CETT * math.sqrt(goal.p_percent)) for goal in goals]
+    guesses = evaluator.dense(evaluator.rough([goal.target for goal in goals], first))
+    searches = {goal.p_percent: CettSearch(evaluator, goal) for goal in goals}
+    answers = {p: search.run(guess) for (p, search), guess in zip(searches.items(), guesses, strict=True)}
+    seconds = time.perf_counter() - start
+    return tuple(_result(searches[p], *answers[p], seconds) for p in p_percents)
 
-    def _rough_cett(self, probe: CettCurves) -> float:
-        """Find the CETT that costs about p percent on a quarter of the windows."""
-        guess = min(0.9, _FIRST_CETT * math.sqrt(self.p_percent))
-        part = self.windows.take(max(2, self.windows.n_windows // 4)) if self.windows.n_windows >= 8 else self.windows
-        begin = time.perf_counter()
-        dense = self._losses(part, None, "dense pass, part")
-        self.dense_seconds_per_token = (time.perf_counter() - begin) / part.n_tokens
-        if part is self.windows:
-            return guess
-        points: list[tuple[float, float]] = []
-        for _ in range(3):
-            losses, _ = self._truncated(part, probe.thresholds_at(guess), "rough search")
-            points.append((guess, mean_loss(losses - dense, part.scored)))
-            guess = next_cett(points, self.target)
-            if abs(math.log(guess / points[-1][0])) < 0.15 or guess >= 1.0:
-                break
-        return guess
 
-    def _dense_pass(self, probe: CettCurves, guess: float) -> tuple[Tensor, CettCurves]:
-        """Measure every token's dense loss and the CETT curves around `guess`, in one pass."""
-        targets = sorted({min(0.95, guess * factor) for factor in _CURVE_FACTORS})
-        thresholds = ascending([probe.thresholds_at(target) for target in targets])
-        recorder = CurveRecorder(self.adapter, thresholds, backend=self.backend)
-        losses = self._losses(self.windows, recorder.on_post, "dense pass and CETT curves")
-        return losses, recorder.curves()
+def _tolerance(p_percent: float) -> float:
+    return 0.05 * p_percent if p_percent < 1 else max(0.05, 0.02 * p_percent)
 
-    def _bracket(self, dense: Tensor, curves: CettCurves, guess: float) -> CettCurves:
-        """Evaluate until the passes near p tell its place; measure more of the curves where they end."""
-        cett, rebuilt = guess, False
-        for _ in range(_MAX_EVALUATIONS):
-            if not rebuilt and cett < 1.0 and not curves.covers(cett, around=guess):
-                factors = _NEARER_FACTORS if curves.covers(cett) else _FURTHER_FACTORS
-                more = ascending([curves.thresholds_at(min(0.97, cett * factor)) for factor in factors])
-                curves, rebuilt = curves.joined(self._curves(more, "CETT curves, further out")), True
-            rise = self._evaluate(dense, curves, cett)
-            root, points = self._root(), self._points()
-            if self._known(root) or (cett >= 1.0 and rise < self.p_percent):
-                break
-            cett = spread(root, points) if root and root.n_points > 1 else next_cett(points, self.target)
-            if cett < _MIN_CETT:
-                break
-        for _ in range(_MAX_SETTLING):
-            root = self._root()
-            if root is None or (self._near() and abs(math.log(self._best()["cett"] / root.cett)) < _AT_ROOT):
-                break
-            self._evaluate(dense, curves, at_root(root, self._points()))
-        if all(e["ppl_increase_percent"] < self.p_percent - self.tolerance and e["cett"] < 1 for e in self.evaluations):
-            self._evaluate(dense, curves, 1.0)  # "not reached" is said of CETT 1 only
-        return curves
 
-    def _evaluate(self, dense: Tensor, curves: CettCurves, cett: float) -> float:
-        thresholds = curves.thresholds_at(cett)
-        losses, truncation = self._truncated(self.windows, thresholds, f"truncated pass, CETT {cett:.4f}")
-        rise = mean_loss((losses - dense).double(), self.windows.scored)
-        percent = 100 * math.expm1(min(rise, 500.0))
-        self.evaluations.append(
-            {
-                "cett": cett,
-                "rise": rise,
-                "ppl": self.ppl_dense * math.exp(min(rise, 500.0)),
-                "ppl_increase_percent": percent,
-                "activation_ratio": truncation.activation_ratio,
-                "thresholds": thresholds,
-                "layers": truncation.layer_activation_ratios,
-            }
-        )
-        return percent
+def _result(search: CettSearch, best: Evaluation, cett: Float[np.ndarray, " layer"], seconds: float) -> SparsityResult:
+    evaluator, goal = search.evaluator, search.goal
+    info, curves, corpus = evaluator.adapter.info, evaluator.curves, evaluator.windows
+    ppl_dense = math.exp(evaluator.loss)
+    untouched = dict.fromkeys(("cett", "ppl_increase_percent", "kl"), 0.0) | {
+        "ppl": ppl_dense,
+        "activation_ratio": float(curves.nonzero_ratio.mean()),
+    }
+    norms = [float(norm.mean()) for norm in evaluator.adapter.w_norms]
+    layers = zip(info.layers, best.thresholds, cett.tolist(), best.layer_activation, norms, strict=True)
+    used = " + ".join(sorted(evaluator.backends))
+    return SparsityResult(
+        p_percent=goal.p_percent,
+        reached=search.reached(),
+        ppl_dense=ppl_dense,
+        ppl_sparse=_ppl(ppl_dense, best),
+        ppl_increase_percent=best.percent("ppl"),
+        cett=best.cett,
+        activation_ratio=best.activation_ratio,
+        layers=tuple(LayerThreshold(*layer) for layer in layers),
+        converged=abs(search.value(best) - goal.p_percent) <= goal.tolerance,
+        tolerance_percent=goal.tolerance,
+        evaluations=(untouched, *(_shown(ppl_dense, made) for made in evaluator.evaluations)),
+        curves=tuple(curves.to_json(info.layers)),
+        silent_tokens=int(curves.silent_tokens.sum()),
+        model=info,
+        corpus=corpus.describe(),
+        cost={
+            "forward_passes": evaluator.passes,
+            "seconds": seconds,
+            "dense_passes": seconds / max(evaluator.dense_seconds, 1e-9),
+        },
+        provenance=provenance()
+        | parallel.described()
+        | {"forward": evaluator.adapter.forward, "backends": dict.fromkeys(("tail_error", "threshold_mask"), used)},
+        metric=f"cett_{goal.metric}",
+        kl=best.mean("kl"),
+        estimates=_estimates(evaluator, goal),
+        calibration=None if evaluator.calibration is corpus else evaluator.calibration.describe(),
+        cett_measured_on=evaluator.checked_tokens,
+    )
 
-    def _settle(self, dense: Tensor, curves: CettCurves) -> tuple[dict[str, Any], list[float], CettCurves]:
-        """Measure each layer's CETT at the chosen thresholds; where one misses, interpolate anew, evaluate again."""
-        best = self._best()
-        for attempt in (0, 1):
-            there = self._curves(np.array(best["thresholds"])[:, None], "CETT at the thresholds")
-            measured = there.cett[:, 0]
-            off = np.abs(measured / best["cett"] - 1)[curves.maximum > 0]
-            if attempt == 1 or best["cett"] >= 1.0 or not off.size or off.max() <= _CETT_TOLERANCE:
-                break
-            curves = curves.joined(there)
-            self._evaluate(dense, curves, best["cett"])
-            best = self.evaluations[-1]
-        return best, measured.tolist(), curves
 
-    def _points(self) -> list[tuple[float, float]]:
-        return [(e["cett"], e["rise"]) for e in self.evaluations]
+def _ppl(ppl_dense: float, made: Evaluation) -> float:
+    return ppl_dense * math.exp(min(made.mean("ppl"), 500.0))
 
-    def _near(self) -> list[dict[str, Any]]:
-        """The evaluations whose rise is within the tolerance."""
-        return [e for e in self.evaluations if abs(e["ppl_increase_percent"] - self.p_percent) <= self.tolerance]
 
-    def _root(self) -> RootEstimate | None:
-        return estimate_root(self._points(), self.target, jitter=self.jitter)
+def _shown(ppl_dense: float, made: Evaluation) -> dict[str, float]:
+    return {
+        "cett": made.cett,
+        "ppl": _ppl(ppl_dense, made),
+        "ppl_increase_percent": made.percent("ppl"),
+        "kl": made.mean("kl"),
+        "activation_ratio": made.activation_ratio,
+    }
 
-    def _known(self, root: RootEstimate | None) -> bool:
-        """Whether all passes together tell the place of p well enough."""
-        return root is not None and root.error * self.p_percent <= _ROOT_ERROR * self.tolerance
 
-    def _reached(self) -> bool:
-        return any(e["ppl_increase_percent"] >= self.p_percent - self.tolerance for e in self.evaluations)
-
-    def _best(self) -> dict[str, Any]:
-        if not self._reached():
-            return max(self.evaluations, key=lambda e: float(e["cett"]))
-        root = self._root()
-        if root is None or not self._near():
-            return min(self.evaluations, key=lambda e: abs(e["ppl_increase_percent"] - self.p_percent))
-        return min(self._near(), key=lambda e: abs(math.log(e["cett"] / root.cett)))
-
-    def _result(
-        self, best: dict[str, Any], measured: list[float], curves: CettCurves, seconds: float
-    ) -> SparsityResult:
-        dense_seconds = self.dense_seconds_per_token * self.windows.n_tokens
-        layers = tuple(
-            LayerThreshold(
-                block,
-                best["thresholds"][i],
-                measured[i],
-                best["layers"][i],
-                float(self.adapter.w_norms[i].mean()),
+def _estimates(evaluator: Evaluator, goal: Goal) -> tuple[Estimate, ...]:
+    found = []
+    for metric in METRICS:
+        root = goal.root(evaluator.evaluations, metric)
+        if root is not None:
+            found.append(
+                estimate(
+                    evaluator.evaluations,
+                    root,
+                    goal.target,
+                    evaluator.curves,
+                    metric=metric,
+                    n_tokens=evaluator.windows.n_tokens,
+                )
             )
-            for i, block in enumerate(self.adapter.info.layers)
-        )
-        used = " + ".join(sorted(self.backends))
-        shown = ("cett", "ppl", "ppl_increase_percent", "activation_ratio")
-        untouched = {
-            "cett": 0.0,
-            "ppl": self.ppl_dense,
-            "ppl_increase_percent": 0.0,
-            "activation_ratio": float(curves.nonzero_ratio.mean()),
-        }
-        return SparsityResult(
-            p_percent=self.p_percent,
-            reached=self._reached(),
-            ppl_dense=self.ppl_dense,
-            ppl_sparse=best["ppl"],
-            ppl_increase_percent=best["ppl_increase_percent"],
-            cett=float(best["cett"]),
-            activation_ratio=best["activation_ratio"],
-            layers=layers,
-            converged=abs(best["ppl_increase_percent"] - self.p_percent) <= self.tolerance,
-            tolerance_percent=self.tolerance,
-            evaluations=(untouched, *({key: e[key] for key in shown} for e in self.evaluations)),
-            curves=tuple(curves.to_json(self.adapter.info.layers)),
-            silent_tokens=int(curves.silent_tokens.sum()),
-            model=self.adapter.info,
-            corpus=self.windows.describe(),
-            cost={
-                "forward_passes": self.passes,
-                "seconds": seconds,
-                "dense_passes": seconds / max(dense_seconds, 1e-9),
-            },
-            provenance=provenance()
-            | {"forward": self.adapter.forward, "backends": dict.fromkeys(("tail_error", "threshold_mask"), used)},
-        )
-
-    def _losses(self, windows: Windows, on_post: Any, label: str) -> Float[Tensor, "window pos"]:
-        self.passes += windows.n_tokens / self.windows.n_tokens
-        return token_losses(self.adapter, windows, on_post=on_post, label=label, **self.options)
-
-    def _curves(self, thresholds: Float[np.ndarray, "layer k"], label: str) -> CettCurves:
-        self.passes += 1
-        return measure_curves(self.adapter, self.windows, thresholds, backend=self.backend, label=label, **self.options)
-
-    def _truncated(self, windows: Windows, thresholds: Sequence[float], label: str) -> tuple[Tensor, Any]:
-        self.passes += windows.n_tokens / self.windows.n_tokens
-        return truncated_losses(self.adapter, windows, thresholds, backend=self.backend, label=label, **self.options)
+    return tuple(found)

@@ -19,8 +19,9 @@ from torch import Tensor
 from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.kernels import N_BINS, histogram_edges
 from neuron_sparsity.store import decode, read_tensors, write_tensors
+from neuron_sparsity.typed import checked
 
-__all__ = ["CONTEXT_BEFORE", "CONTEXT_LENGTH", "NeuronStatistics"]
+__all__ = ["CONTEXT_BEFORE", "CONTEXT_LENGTH", "NeuronStatistics", "check_tensor"]
 
 CONTEXT_BEFORE, CONTEXT_LENGTH = 16, 24
 """An example's context: 16 tokens before, the token itself, 7 after."""
@@ -239,7 +240,29 @@ def _build(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NeuronSt
         tensor, shape = tensors[name], [sizes[axis] for axis in axes.split()]
         if tensor.dtype != dtype or list(tensor.shape) != shape:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, not {dtype} {shape}")
+    _check_values(checked(stats))
     return stats
+
+
+def _check_values(stats: NeuronStatistics) -> None:
+    """Raise ValueError or KeyError if a value is one that no recording has."""
+    if not 1 <= stats.n_tokens < 1 << 63 or len(stats.model.layers) != stats.model.n_layers:
+        raise ValueError(f"{stats.n_tokens} tokens, {stats.model.n_layers} layers called {stats.model.layers[:3]}")
+    for key, kind in (("name", str), ("sha256", str), ("n_tokens", int), ("window", int)):
+        if not isinstance(stats.corpus[key], kind):
+            raise ValueError(f"{key} of the corpus is {stats.corpus[key]!r}")
+    for name in _TENSORS:
+        check_tensor(name, getattr(stats, name), stats.n_tokens)
+
+
+def check_tensor(name: str, tensor: Tensor, n_tokens: int) -> None:
+    """Raise ValueError if a tensor holds a value that no recording of `n_tokens` tokens has."""
+    counts = name in ("zero_count", "nonzero_count", "above_count", "histogram")
+    if counts and tensor.numel() and not 0 <= int(tensor.min()) <= int(tensor.max()) <= n_tokens:
+        raise ValueError(f"{name} has counts outside 0 to {n_tokens}, the tokens that were seen")
+    # A sum is NaN where a value is: no mask as large as the tensor is needed to see that.
+    if tensor.dtype.is_floating_point and torch.isnan(tensor.sum(dtype=torch.float64)):
+        raise ValueError(f"{name} is NaN")
 
 
 def _merge_corpus(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:

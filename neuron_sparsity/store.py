@@ -2,7 +2,10 @@
 
 A folder belongs to one run: one model, one corpus. `run.json` says which, and every file names its schema version.
 A file is written beside its place and then moved there, so that a kill at any moment leaves the old file or the new
-one, never half of one.
+one, never half of one. What a kill leaves beside it is hidden, never read, and removed once it is an hour old.
+
+What is read may have been damaged or planted: only regular files of a size a run can have are opened, JSON must hold
+what this package writes, and no value of a file ever becomes a path, a template or code.
 """
 
 from __future__ import annotations
@@ -11,19 +14,25 @@ import errno
 import json
 import math
 import os
+import re
 import shlex
+import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from neuron_sparsity.errors import RunFolderError
+from neuron_sparsity.typed import brief
 
 __all__ = [
     "SCHEMA",
     "RunFolder",
+    "blaming",
     "decode",
     "make_folder",
     "provenance",
@@ -36,6 +45,10 @@ __all__ = [
 ]
 
 SCHEMA = 1
+_MAX_JSON_BYTES = 1 << 29  # the removable neurons of a model of 70B take a tenth of it
+_MAX_DEPTH = 32
+_LEFTOVER = re.compile(r"\.(\w+\.)+\w{8}", re.ASCII)  # what `mkstemp` names after a file of a run
+_LEFTOVER_SECONDS = 3600  # a file that is being written is younger
 _KINDS = ("I64", "F64", "F32", "I32", "F16", "I16", "U8", "I8", "BOOL")  # in the order in which they are written
 _PACKAGES = (
     "neuron_sparsity",
@@ -93,13 +106,15 @@ class RunFolder:
             self.request = read_json(self.path / "run.json")
             return
         self.request = json.loads(json.dumps(_finite(dict(request))))
-        make_folder(self.path)
-        if (self.path / "run.json").exists():
-            self._check_same(read_json(self.path / "run.json"))
-        elif any(entry.name[0] != "." for entry in self.path.iterdir()):
+        known = os.path.lexists(self.path / "run.json")
+        if not known and self.path.is_dir() and any(entry.name[0] != "." for entry in self.path.iterdir()):
             raise RunFolderError(
                 f"{self.path} holds other files and no run.json; name an empty or new folder with --out"
             )
+        make_folder(self.path)
+        if known:
+            self._check_same(read_json(self.path / "run.json"))
+            _sweep(self.path)
         else:
             write_json(self.path / "run.json", self.request)
 
@@ -107,7 +122,7 @@ class RunFolder:
         for key, value in self.request.items():
             if found.get(key) != value:
                 raise RunFolderError(
-                    f"{self.path} holds another run ({key}: {_brief(found.get(key))}, not {_brief(value)}); "
+                    f"{self.path} holds another run ({key}: {brief(found.get(key))}, not {brief(value)}); "
                     "name another folder with --out"
                 )
 
@@ -146,14 +161,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         RunFolderError: If it is missing, damaged, no object, or of a newer schema.
     """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunFolderError(f"{path} does not exist; the step that writes it has not run") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunFolderError(
-            f"{path} cannot be read ({_reason(error)}); delete it and run the step that writes it again"
-        ) from error
+    with _readable(path, _MAX_JSON_BYTES):
+        data = _parse(path.read_text(encoding="utf-8"))
     _check_schema(path, data.get("schema") if isinstance(data, dict) else None)
     return data
 
@@ -176,18 +185,63 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     from safetensors import SafetensorError, safe_open
 
+    readable = _readable(path, _memory_bytes(), KeyError, AttributeError, SafetensorError)
+    with readable, safe_open(path, framework="pt") as file:
+        header = _parse((file.metadata() or {})["header"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    _check_schema(path, header.get("schema") if isinstance(header, dict) else None)
+    return tensors, header
+
+
+@contextmanager
+def _readable(path: Path, max_bytes: int, *errors: type[Exception]) -> Iterator[None]:
+    """Say in one line why a file cannot be read. Pipes, which may wait for ever, and huge files are not opened."""
+    unreadable: tuple[type[Exception], ...] = (OSError, ValueError, RecursionError, *errors)
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})["header"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("it is no file")
+        if found.st_size > max_bytes:
+            raise OSError(f"{found.st_size:,} bytes are more than the {max_bytes:,} that it may have here")
+        yield
     except FileNotFoundError:
         raise RunFolderError(f"{path} does not exist; the step that writes it has not run") from None
-    except (OSError, ValueError, KeyError, SafetensorError, RecursionError) as error:
+    except unreadable as error:
         raise RunFolderError(
             f"{path} cannot be read ({_reason(error)}); delete it and run the step that writes it again"
         ) from error
-    _check_schema(path, header.get("schema") if isinstance(header, dict) else None)
-    return tensors, header
+
+
+def _memory_bytes() -> int:
+    """Return the size of this machine's memory: tensors that do not fit it are no recording that was made here."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return sys.maxsize
+
+
+def _parse(text: str) -> Any:
+    """Parse JSON as `write_json` writes it: finite numbers that a float holds, and no deep nesting.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no number in JSON")
+
+    data = json.loads(text, parse_constant=refuse)
+    level = [data] if isinstance(data, dict | list) else []
+    for _ in range(_MAX_DEPTH):
+        inner = [child for node in level for child in (node.values() if isinstance(node, dict) else node)]
+        if any(
+            isinstance(child, int | float) and not -sys.float_info.max <= child <= sys.float_info.max for child in inner
+        ):
+            raise ValueError("a number is too large")
+        level = [child for child in inner if isinstance(child, dict | list)]
+        if not level:
+            return data
+    raise ValueError(f"more than {_MAX_DEPTH} levels of nesting")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -234,6 +288,7 @@ def _write(path: Path, pieces: Iterable[Any]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise RunFolderError(_cannot_write(path, error)) from error
     finally:
@@ -241,18 +296,51 @@ def _write(path: Path, pieces: Iterable[Any]) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _sync_folder(path: Path) -> None:
+    """Put the names in a folder on the disk too, so that what is removed next cannot be gone before they are there."""
+    if os.name != "posix":  # elsewhere a folder cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left: unfinished files, hidden beside their places."""
+    for entry in path.iterdir():
+        if not _LEFTOVER.fullmatch(entry.name):
+            continue
+        with suppress(FileNotFoundError):  # another process moved its file to its place meanwhile
+            found = entry.lstat()
+            if stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime > _LEFTOVER_SECONDS:
+                entry.unlink()
+
+
+@contextmanager
+def blaming(
+    path: Path, said: str = "is damaged", mend: str = "delete it and run the step that writes it again"
+) -> Iterator[None]:
+    """Turn what wrong content raises into one line: `PATH SAID (why); MEND`.
+
+    Raises:
+        RunFolderError: If a key is missing, or a value has the wrong type or size.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise RunFolderError(f"{path} {said} ({_reason(error)}); {mend}") from error
+
+
 def decode(path: Path, build: Callable[[], Any]) -> Any:
     """Build a result from a file's content; what does not fit becomes a one-line error that names the file.
 
     Raises:
-        RunFolderError: If a key is missing or a value has the wrong type.
+        RunFolderError: If a key is missing, or a value has the wrong type or size.
     """
-    try:
+    with blaming(path):
         return build()
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise RunFolderError(
-            f"{path} is damaged ({_reason(error)}); delete it and run the step that writes it again"
-        ) from error
 
 
 def _check_schema(path: Path, schema: Any) -> None:
@@ -289,11 +377,6 @@ def _cannot_write(path: Path, error: OSError) -> str:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from neuron_sparsity.ablation import AblationResult
+from neuron_sparsity.interval import Estimate
 from neuron_sparsity.laws import LawFit
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
@@ -71,22 +74,37 @@ def summary_lines(
 
 def _sparsity_lines(result: SparsityResult) -> list[str]:
     if not result.reached:
-        return [
-            f"{result.name} is not reached: with every neuron cut (CETT 1) perplexity rises by only "
-            f"{result.ppl_increase_percent:.2f} %"
-        ]
+        by = "perplexity rises by" if result.metric == "cett_ppl" else "the KL divergence is"
+        value = result.ppl_increase_percent if result.metric == "cett_ppl" else 100 * math.expm1(result.kl or 0.0)
+        return [f"{result.name} is not reached: with every neuron cut (CETT 1) {by} only {value:.2f} %"]
     lines = [
         f"{result.name}: activation ratio {result.activation_ratio:.3f} (sparsity ratio {result.sparsity_ratio:.3f}) "
         f"at CETT {result.cett:.4f}",
         f"perplexity {result.ppl_dense:.3f} dense, {result.ppl_sparse:.3f} truncated "
         f"({result.ppl_increase_percent:+.3f} %, measured)",
     ]
+    lines += [_estimate_line(result.p_percent, found) for found in result.estimates]
+    if result.calibration is not None:
+        lines.append(
+            f"thresholds from other text: {result.calibration['name']}, {result.calibration['n_tokens']:,} tokens"
+        )
     if not result.converged:
         lines.append(
             f"the measured rise is more than {result.tolerance_percent:g} points from {result.p_percent:g} %: "
             "it jitters by rounding; more tokens make it steadier"
         )
     return lines
+
+
+def _estimate_line(p_percent: float, found: Estimate) -> str:
+    name = f"CETT-{'KL' if found.metric == 'cett_kl' else 'PPL'}-{p_percent:g}%"
+    line = f"  {name} by all passes: activation ratio {found.activation_ratio:.3f} at CETT {found.cett:.4f}"
+    if found.low is None:
+        return f"{line}; {found.n_windows} windows are too few for an interval"
+    return (
+        f"{line}; 95 % interval {found.low:.3f} to {found.high:.3f} ({found.n_windows} windows; "
+        f"{found.tokens_to_halve:,} tokens would halve it)"
+    )
 
 
 def _neuron_lines(stats: NeuronStatistics, *, thresholds: bool) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 import typer
 
 from neuron_sparsity.errors import NeuronSparsityError
+from neuron_sparsity.parallel import launched
 
 __all__ = ["given", "keep_freed_memory", "one_flag_a_text", "one_line_errors", "prepare", "printable"]
 
@@ -96,6 +97,8 @@ def _in_words(error: Exception) -> str:
 
 
 def _complain(message: str) -> None:
+    rank, size = launched()
+    message = message if size == 1 else f"rank {rank} of {size}: {message}"
     line = printable(" ".join(message.split()))
     if len(line) > _MAX_CHARACTERS:
         line = f"{line[: _MAX_CHARACTERS // 2]} ... {line[-_MAX_CHARACTERS // 2 :]}"
@@ -118,14 +121,17 @@ def keep_freed_memory() -> None:
 
 
 def one_flag_a_text(arguments: list[str]) -> list[str]:
-    """Let one `--text` take all that follows up to the next option: `--text a b` becomes `--text a --text b`."""
+    """Let one `--text` take all that follows up to the next option: `--text a b` becomes `--text a --text b`.
+
+    So does `--calibration`.
+    """
     expanded: list[str] = []
-    texts: int | None = None
+    flag, texts = "", 0
     for argument in arguments:
         if argument.startswith("-"):
-            texts = 0 if argument == "--text" else None
-        elif texts is not None:
-            expanded += ["--text"] if texts else []
+            flag, texts = (argument if argument in ("--text", "--calibration") else ""), 0
+        elif flag:
+            expanded += [flag] if texts else []
             texts += 1
         expanded.append(argument)
     return expanded

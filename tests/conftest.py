@@ -33,7 +33,8 @@ N_VOCAB = 300
 FAMILIES = ("llama", "gpt2", "opt", "neox")
 
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50, database=None)
-hypothesis.settings.load_profile("repeatable")
+hypothesis.settings.register_profile("soak", parent=hypothesis.settings.get_profile("repeatable"), max_examples=800)
+hypothesis.settings.load_profile("repeatable")  # `make soak` asks for the other one
 
 
 def transformer_lens_version() -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from neuron_sparsity.laws.linear import Array
 __all__ = ["Points", "read_points"]
 
 _SCHEMA = 1
+_MAX_BYTES = 1 << 26
 _EXPECTED = (
     "trajectory.json, a CSV with the columns tokens,activation_ratio, or a JSON object with the lists "
     '"token_passed" and "activation_ratio"'
@@ -59,11 +60,17 @@ def read_points(path: str | Path) -> Points:
     path = Path(path).expanduser()
     if path.is_dir():
         path = path / "trajectory.json"
+        if path.exists() and not path.is_file():
+            raise RunFolderError(f"{path} is no file; pass {_EXPECTED}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:  # a pipe will do, such as that of `fit <(...)`; one without end will not
+            content = file.read(_MAX_BYTES + 1)
+        if len(content) > _MAX_BYTES:
+            raise RunFolderError(f"{path} holds more than {_MAX_BYTES >> 20} MiB; pass {_EXPECTED}")
+        text = content.decode("utf-8-sig")
     except FileNotFoundError:
         raise RunFolderError(f"{path} does not exist; pass {_EXPECTED}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a name with a NUL in it
         raise RunFolderError(f"{path} cannot be read as text ({error}); pass {_EXPECTED}") from None
     if text.lstrip()[:1] in ("{", "["):
         tokens, ratios = _from_json(path, text)
@@ -79,7 +86,7 @@ def read_points(path: str | Path) -> Points:
 def _from_json(path: Path, text: str) -> tuple[list[Any], list[Any]]:
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RunFolderError(f"{path} is damaged ({error}); write it again") from None
     if not isinstance(data, dict):
         raise RunFolderError(f"{path} holds a JSON list; pass {_EXPECTED}")
@@ -108,7 +115,10 @@ def _from_csv(path: Path, text: str) -> tuple[list[Any], list[Any]]:
     if not {"tokens", "activation_ratio"} <= set(names):
         raise RunFolderError(f"{path} has the columns {_listed(names)}; pass {_EXPECTED}")
     rows.fieldnames = names
-    read = list(rows)
+    try:
+        read = list(rows)
+    except csv.Error as error:
+        raise RunFolderError(f"{path} is no CSV ({error}); pass {_EXPECTED}") from None
     return [row["tokens"] for row in read], [row["activation_ratio"] for row in read]
 
 
@@ -119,7 +129,7 @@ def _numbers(path: Path, name: str, values: Sequence[Any]) -> Array:
             if isinstance(value, bool):
                 raise ValueError
             numbers[i] = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             shown = "nothing" if value in (None, "") else repr(value)[:40]
             raise RunFolderError(
                 f"{path}: point {i} has {shown} for {name}; give a number or remove the point"

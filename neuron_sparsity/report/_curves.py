@@ -37,6 +37,11 @@ def activation_curve(result: SparsityResult) -> str:
     finite = [point for point in points if np.isfinite(point).all()]
     if not finite:
         return note("The search recorded no evaluation that can be drawn.")
+    divergences = sorted(
+        (float(e["activation_ratio"]), 100 * float(np.expm1(min(e["kl"], 50.0))))
+        for e in result.evaluations
+        if "kl" in e
+    )
     title = f"Perplexity rise against activation ratio, {len(finite)} evaluations, target {target(result.p_percent)}"
     chart = Chart(
         linear_axis([point[0] for point in finite], "activation ratio"),
@@ -44,6 +49,18 @@ def activation_curve(result: SparsityResult) -> str:
         title,
     )
     chart.rule(result.p_percent, f"target +{target(result.p_percent)}")
+    for estimate in result.estimates:
+        if estimate.low is not None and estimate.high is not None:
+            kl = estimate.metric == "cett_kl"
+            ends = [(estimate.low, result.p_percent), (estimate.high, result.p_percent)]
+            said = f"95 % interval {number(estimate.low)} to {number(estimate.high)}"
+            name = "KL divergence" if kl else "perplexity"
+            chart.line(ends, style="line interval" + (" kl" if kl else ""), note=f"by {name}: {said}")
+    steady = [(x, y) for x, y in divergences if np.isfinite(y)]
+    if len(steady) > 1:
+        chart.line(steady, style="line thin kl", note="KL divergence from the dense model, as a rise of perplexity")
+        for x, y in steady:
+            chart.point(x, y, f"activation ratio {number(x)}, KL divergence {signed(y)}", style="dot kl", radius=2.4)
     chart.line([(x, y) for x, y, _ in finite])
     for x, y, cett in finite:
         chart.point(x, y, f"activation ratio {number(x)}, perplexity {signed(y)}, CETT {number(cett)}")
@@ -53,6 +70,13 @@ def activation_curve(result: SparsityResult) -> str:
         chart.point(ratio, rise, found, style="dot found", radius=5.5)
     caption = "All layers truncated at once, thresholds from the dense run. "
     caption += "The ring is the result. " if result.reached else "No point costs as much as the target. "
+    if len(steady) > 1:
+        caption += (
+            "Orange: the mean KL divergence from the dense model, written as the rise it would be on the model's own "
+            "text. "
+        )
+    if any(estimate.low is not None for estimate in result.estimates):
+        caption += "Thick bars on the target: 95 % intervals of the activation ratio. "
     caption += "The vertical scale is linear around zero and logarithmic beyond the target."
     return figure("Perplexity rise against activation ratio", chart.svg(), caption)
 

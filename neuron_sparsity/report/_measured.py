@@ -40,6 +40,17 @@ _DEFINITIONS = (
         "2411.02335; called PPL-p% in its first version).",
     ),
     (
+        "CETT-KL-p%",
+        "The CETT at which the mean KL divergence from the dense to the truncated next-token distribution is "
+        "log(1 + p/100): what perplexity would rise by on text drawn from the model itself. Known several times better "
+        "from the same text.",
+    ),
+    (
+        "Interval",
+        "95 %, by paired bootstrap over windows of the differences truncated minus dense: how the activation ratio "
+        "would vary with other text of this kind. It says nothing of text of another kind.",
+    ),
+    (
         "Removable",
         "The largest set of neurons, in the order of a ranking, that can be replaced on every token before perplexity "
         "rises by p percent. Idle neurons change from token to token; removed ones are gone.",
@@ -103,6 +114,8 @@ def _corpus(corpus: Mapping[str, Any]) -> Markup:
         window += f", documents {visible(corpus['packing'])}"
     if corpus.get("stride") is not None:
         window += f", stride {visible(corpus['stride'])}"
+    if corpus.get("sampling"):
+        window += f"; {visible(corpus['sampling'])}"
     return Markup("{}; {}; sha256 <code>{}</code>").format(head, window, visible(corpus.get("sha256", "?")))
 
 
@@ -112,6 +125,8 @@ def _corpora(
     found = [("Statistics", stats.corpus)]
     if result is not None:
         found.append(("Sparsity search", result.corpus))
+        if result.calibration is not None:
+            found.append(("Thresholds", result.calibration))
     if removed is not None:
         found.append(("Ablation", removed.corpus))
         if removed.heldout and removed.heldout.get("corpus"):

@@ -14,6 +14,7 @@ from neuron_sparsity.report._text import count, join, number, percent_of, replac
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
+    from neuron_sparsity.interval import Estimate
     from neuron_sparsity.recorder import NeuronStatistics
     from neuron_sparsity.sparsity import SparsityResult
 
@@ -54,10 +55,11 @@ def headline(
     total, model = _n_neurons(stats), visible(stats.model.name)
     said = []
     if result is not None and result.reached:
-        needed = percent_of(result.activation_ratio)
+        needed, limit = percent_of(result.activation_ratio), target(result.p_percent)
+        within = f"{limit} of its perplexity" if result.metric == "cett_ppl" else f"a KL divergence of {limit}"
         said.append(
-            f"{model} needs {needed} of its MLP neurons on an average token to stay within {target(result.p_percent)} "
-            f"of its perplexity; the other {percent_of(result.sparsity_ratio)} can idle."
+            f"{model} needs {needed} of its MLP neurons on an average token to stay within {within}"
+            f"{_range(result)}; the other {percent_of(result.sparsity_ratio)} can idle."
         )
     elif result is not None:
         said.append(
@@ -79,15 +81,51 @@ def summary(
     """Return the headline cards: sparsity, idle neurons beside removable ones, dead neurons."""
     cards = []
     if result is not None:
-        cards += [_sparsity_card(result), _idle_card(result, _n_neurons(stats))]
+        cards += [_sparsity_card(result), *_companion_card(result), _idle_card(result, _n_neurons(stats))]
     if removed is not None:
         cards.append(_removable_card(removed))
     cards.append(_dead_card(stats, result))
     return Markup('{}<div class="cards">{}</div>').format(headline(stats, result, removed), join(cards))
 
 
+def _range(result: SparsityResult) -> str:
+    """The interval of the metric that was asked for, in brackets."""
+    own = next((found for found in result.estimates if found.metric == result.metric), None)
+    if own is None or own.low is None:
+        return ""
+    return f" (95 % interval {percent_of(own.low)} to {percent_of(own.high)})"
+
+
+def _interval_line(found: Estimate) -> str:
+    if found.low is None:
+        return "Too few windows for an interval."
+    return (
+        f"95 % interval for text like this: {number(found.low)} to {number(found.high)}, by bootstrap over "
+        f"{count(found.n_windows)} windows; {count(found.tokens_to_halve)} tokens would halve it."
+    )
+
+
+def _companion_card(result: SparsityResult) -> list[Markup]:
+    """The same question by the other metric, read off the same passes."""
+    other = next((found for found in result.estimates if found.metric != result.metric), None)
+    if other is None:
+        return []
+    kl = other.metric == "cett_kl"
+    label = f"Activation ratio at CETT-{'KL' if kl else 'PPL'}-{result.p_percent:g}%"
+    rate = f"log(1 + {result.p_percent:g}/100)"
+    what = (
+        f"the mean KL divergence from the dense model is {rate}"
+        if kl
+        else f"perplexity rises by {result.p_percent:g} %"
+    )
+    lines = [f"Where {what}: CETT {number(other.cett)}.", _interval_line(other)]
+    definition = "Steadier companion, from the same passes." if kl else "From the same passes."
+    definition += f" A fit through {count(other.n_passes)} of them."
+    return [card(label, number(other.activation_ratio), lines, _measured_on(result.model, result.corpus, definition))]
+
+
 def _sparsity_card(result: SparsityResult) -> Markup:
-    label = f"Activation ratio at CETT-PPL-{result.p_percent:g}%"
+    label = f"Activation ratio at CETT-{'KL' if result.metric == 'cett_kl' else 'PPL'}-{result.p_percent:g}%"
     definition = "Active: contribution at or above the layer's threshold; mean over layers."
     on = _measured_on(result.model, result.corpus, definition)
     rise = signed(result.ppl_increase_percent)
@@ -99,6 +137,11 @@ def _sparsity_card(result: SparsityResult) -> Markup:
         ]
         return card(label, "not reached", lines, on, tone="warn")
     lines = [f"Sparsity ratio {number(result.sparsity_ratio)}, at CETT {number(result.cett)}.", change]
+    own = next((found for found in result.estimates if found.metric == result.metric), None)
+    if own is not None:
+        lines.append(_interval_line(own))
+    if result.calibration is not None:
+        lines.append(f"Thresholds from other text: {visible(result.calibration.get('name', '?'))}.")
     if not result.converged:
         lines.append(f"The search ended outside its tolerance of {number(result.tolerance_percent)} points.")
     return card(label, number(result.activation_ratio), lines, on)

@@ -230,7 +230,7 @@ def test_full_disk_loses_nothing(measure: Callable[..., Any], monkeypatch: pytes
         assert "the disk is full" in measure("report", "--out", tmp_path / "run").error()
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"run.json", "windows.safetensors", "sparsity.json", "statistics.safetensors"}
-    monkeypatch.setattr("neuron_sparsity.pipeline.cett_ppl_sparsity", None)
+    monkeypatch.setattr("neuron_sparsity.pipeline.cett_ppl_sparsities", None)
     monkeypatch.setattr("neuron_sparsity.pipeline.record", None)
     assert measure("report", "--out", tmp_path / "run").code == 0
 
@@ -385,7 +385,7 @@ def test_unforeseen_error_is_one_line_and_debug_shows_the_rest(
     def fail(*_: Any, **__: Any) -> Any:
         raise KeyError("blocks.0\nsecond line")
 
-    monkeypatch.setattr("neuron_sparsity.pipeline.cett_ppl_sparsity", fail)
+    monkeypatch.setattr("neuron_sparsity.pipeline.cett_ppl_sparsities", fail)
     message = measure("sparsity", "--out", tmp_path / "run").error()
     assert message.startswith("error: unexpected KeyError")
     assert message.endswith("NEURON_SPARSITY_DEBUG=1 shows where")

@@ -181,7 +181,7 @@ def test_finished_steps_are_not_taken_again(
 ) -> None:
     folder = whole_run()
     before = {name: (folder / name).read_bytes() for name in FILES}
-    for step in ("cett_ppl_sparsity", "record", "removable_neurons", "token_activity"):
+    for step in ("cett_ppl_sparsities", "record", "removable_neurons", "token_activity"):
         monkeypatch.setattr(f"neuron_sparsity.pipeline.{step}", refuse)
     done = measure("report", "--out", folder)
     assert (done.code, done.err) == (0, "")
@@ -203,7 +203,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 STEPS = {
-    "sparsity": ("neuron_sparsity.sparsity", "truncated_losses", {"run.json", "windows.safetensors"}),
+    "sparsity": ("neuron_sparsity.evaluation", "truncated_losses", {"run.json", "windows.safetensors"}),
     "record": ("neuron_sparsity.kernels", "neuron_statistics", {"sparsity.json", "record.partial.safetensors"}),
     "ablate": ("neuron_sparsity.ablation", "token_losses", {"sparsity.json", "statistics.safetensors"}),
 }
@@ -348,3 +348,22 @@ def test_one_text_flag_takes_several_files() -> None:
     assert one_flag_a_text(given) == ["report", "model", "--text", "a", "--text", "b", "--text", "c", "--p", "1"]
     assert one_flag_a_text(["report", "--text", "a", "--text", "b"]) == ["report", "--text", "a", "--text", "b"]
     assert one_flag_a_text(["rank", "folder"]) == ["rank", "folder"]
+
+
+def test_device_auto(measure: Callable[..., Any], tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="pip install 'neuron-sparsity[large]'")
+    options = ("--json", "--p", 5)
+    spread, kept = (
+        measure("sparsity", *options, "--device", device, "--out", tmp_path / device).json for device in ("auto", "cpu")
+    )
+    assert spread["model"] == kept["model"]
+    assert spread["activation_ratio"] == pytest.approx(kept["activation_ratio"], abs=1e-4)
+
+
+def test_device_auto_without_accelerate(
+    measure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neuron_sparsity.placement.find_spec", lambda name: None)
+    complaint = measure("record", "--device", "auto", "--out", tmp_path / "run").error()
+    assert "needs the package accelerate" in complaint
+    assert not (tmp_path / "run").exists()

@@ -18,54 +18,12 @@ from neuron_sparsity.errors import MeasurementError
 from neuron_sparsity.perplexity import default_batch_size, mean_loss, perplexity, token_losses
 
 perplexity_module = sys.modules["neuron_sparsity.perplexity"]  # `ns.perplexity` is the function
-COMMON = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1, "tie_word_embeddings": False}
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
 
 
 @pytest.fixture(autouse=True)
 def _no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-@pytest.fixture(scope="module")
-def make_hf(tiny_hf_models: Callable[..., Any]) -> Callable[[str], Any]:
-    """A tiny Hugging Face model: of the families of all tests, and of three that change their logits at the end."""
-    import transformers as hf
-
-    def make(family: str) -> Any:
-        if family not in ("gemma2", "granite", "cohere"):
-            return tiny_hf_models(family)
-        name = family.capitalize()
-        options: dict[str, Any] = {
-            "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
-            "granite": {"logits_scaling": 8.0},
-            "cohere": {"logit_scale": 0.25},
-        }[family]
-        config = getattr(hf, f"{name}Config")(intermediate_size=64, num_key_value_heads=2, **COMMON, **SIZES, **options)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = getattr(hf, f"{name}ForCausalLM")(config).float().eval().requires_grad_(False)
-            for parameter in model.parameters():
-                if parameter.ndim >= 2:
-                    parameter.mul_(8.0)
-        model.config.architectures = [type(model).__name__]
-        return model
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def make_bridge(make_hf: Callable[[str], Any], tiny_tokenizer: Any) -> Callable[..., Any]:
-    bridge = pytest.importorskip("transformer_lens.model_bridge").TransformerBridge
-
-    def make(family: str, *, compat: bool = False) -> Any:
-        booted = bridge.boot_transformers(f"tiny-{family}", hf_model=make_hf(family), tokenizer=tiny_tokenizer)
-        if compat:
-            booted.enable_compatibility_mode()
-        return booted
-
-    return make
 
 
 def make_windows(n_windows: int = 5, window: int = 24, *, bos: bool = True, seed: int = 0) -> Windows:

@@ -454,6 +454,15 @@ def test_a_resume_that_would_mix_two_recordings(tiny_bridge: Any, interrupted: P
             "ValueError: histogram is torch.int64 [64, 1], not torch.int64 [64, 64]",
         ),
         (lambda tensors, header: tensors.update(maximum=tensors["maximum"].double()), "ValueError: maximum is torch.f"),
+        (lambda tensors, header: tensors["maximum"].fill_(math.nan), "ValueError: maximum is NaN"),
+        (
+            lambda tensors, header: tensors["nonzero_count"].add_(99),
+            "ValueError: nonzero_count has counts outside",
+        ),
+        (
+            lambda tensors, header: tensors["example_position"].add_(60),
+            "ValueError: example_position is outside",
+        ),
     ],
 )
 def test_a_damaged_state(tiny_bridge: Any, interrupted: Path, change: Callable[..., Any], message: str) -> None:

@@ -20,7 +20,14 @@ from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, ModelError
 from neuron_sparsity.metrics import EXACT_ZERO_THRESHOLD
 from neuron_sparsity.perplexity import perplexity
-from neuron_sparsity.sparsity import SparsityResult, TokenActivity, cett_ppl_sparsity, sparsify, token_activity
+from neuron_sparsity.sparsity import (
+    SparsityResult,
+    TokenActivity,
+    cett_ppl_sparsities,
+    cett_ppl_sparsity,
+    sparsify,
+    token_activity,
+)
 from neuron_sparsity.store import to_json_text
 
 MODELS = ("llama", "opt", "gpt2-compat", "hooked-relu", "hooked-silu")
@@ -198,6 +205,124 @@ def test_json_holds_every_promised_key_and_comes_back_whole(case: SimpleNamespac
     assert SparsityResult.from_json(data) == case.result
 
 
+def test_a_file_without_the_newer_keys_is_read(llama: SimpleNamespace) -> None:
+    result = cett_ppl_sparsity(llama.model, llama.windows, p_percent=P_PERCENT, tolerance_percent=0.5)
+    newer = ("metric", "kl", "estimates", "calibration", "cett_measured_on")
+    data = {key: value for key, value in json.loads(to_json_text(result.to_json())).items() if key not in newer}
+    old = SparsityResult.from_json(data)
+    assert (old.metric, old.kl, old.estimates) == ("cett_ppl", None, ())
+    assert old.layers == result.layers
+
+
+# Other questions to the same search.
+
+
+def kl_under(model: Any, windows: Windows, thresholds: list[float]) -> float:
+    """Mean KL divergence from the dense model by its definition, in float64."""
+    tokens = windows.tokens.long()
+    with torch.no_grad():
+        log_p = model(tokens, return_type="logits").double().log_softmax(-1)
+        with sparsify(model, thresholds):
+            log_q = model(tokens, return_type="logits").double().log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[:, :-1]
+    return float(kl[windows.scored[:, 1:]].mean())
+
+
+def test_the_kl_divergence_of_the_result_is_the_one_of_its_definition(case: SimpleNamespace) -> None:
+    assert case.result.kl == pytest.approx(kl_under(case.model, case.windows, case.result.thresholds), rel=0.01)
+    assert case.result.metric == "cett_ppl"
+    shown = [one["kl"] for one in case.result.evaluations if one["cett"] == case.result.cett]
+    assert shown == [case.result.kl]
+
+
+def test_cett_kl_is_where_the_kl_divergence_is_p(llama: SimpleNamespace, own_windows: Any) -> None:
+    windows = own_windows(llama.model, 48, window=48)
+    by_kl = cett_ppl_sparsity(llama.model, windows, p_percent=P_PERCENT, metric="kl", tolerance_percent=TOLERANCE)
+    assert by_kl.name == "CETT-KL-5%"
+    assert by_kl.converged
+    assert 100 * math.expm1(kl_under(llama.model, windows, by_kl.thresholds)) == pytest.approx(P_PERCENT, abs=0.2)
+    by_ppl = cett_ppl_sparsity(llama.model, windows, p_percent=P_PERCENT, tolerance_percent=TOLERANCE)
+    told = by_ppl.estimate("kl")
+    assert told is not None
+    assert told.cett == pytest.approx(by_kl.cett, rel=0.03)
+    assert told.activation_ratio == pytest.approx(by_kl.activation_ratio, abs=0.005)
+    assert told.low is not None
+    assert told.low < by_kl.activation_ratio < (told.high or 0)
+
+
+def test_estimates_lie_in_their_intervals_and_near_the_measured_pass(case: SimpleNamespace) -> None:
+    own = case.result.estimate("ppl")
+    assert own.activation_ratio == pytest.approx(case.result.activation_ratio, abs=0.006)
+    for estimate in case.result.estimates:
+        assert estimate.low < estimate.activation_ratio < estimate.high
+        assert estimate.n_windows == case.windows.n_windows
+        assert estimate.tokens_to_halve == 4 * case.windows.n_tokens
+
+
+def test_several_p_share_their_passes_and_agree_with_each_alone(llama: SimpleNamespace, own_windows: Any) -> None:
+    windows = own_windows(llama.model, 48, window=48)
+    begun: list[str] = []
+    together = cett_ppl_sparsities(
+        llama.model,
+        windows,
+        p_percents=(10.0, 3.0),
+        tolerance_percent=TOLERANCE,
+        progress=lambda label, done, total: begun.append(label) if done == 0 else None,
+    )
+    assert [label for label in begun if label.startswith("dense")] == ["dense pass, part", "dense pass, CETT curves"]
+    assert [result.p_percent for result in together] == [10.0, 3.0]
+    assert together[0].evaluations == together[1].evaluations
+    alone = [cett_ppl_sparsity(llama.model, windows, p_percent=p, tolerance_percent=TOLERANCE) for p in (10.0, 3.0)]
+    for one, other in zip(together, alone, strict=True):
+        assert one.converged
+        assert one.activation_ratio == pytest.approx(other.activation_ratio, abs=0.006)
+    for bad in ((), (1.0, math.nan)):
+        with pytest.raises(ValueError, match=r"p_percents must hold|positive number"):
+            cett_ppl_sparsities(llama.model, windows, p_percents=bad)
+
+
+def test_thresholds_may_come_from_other_text(llama: SimpleNamespace, own_windows: Any) -> None:
+    """CETT is that of the calibration text, perplexity and activation ratio those of the text itself."""
+    windows, other = own_windows(llama.model, 32, window=48), own_windows(llama.model, 24, window=48, seed=1)
+    result = cett_ppl_sparsity(
+        llama.model, windows, p_percent=P_PERCENT, calibration=other, tolerance_percent=TOLERANCE
+    )
+    assert result.calibration == other.describe()
+    assert result.corpus == windows.describe()
+    for layer, z in enumerate(posts_of(llama.model, other)):
+        w_out = llama.model.blocks[layer].mlp.W_out.detach()
+        tail = z.double() * (contributions(llama.model, layer, z) < result.layers[layer].threshold)
+        cett = ((tail @ w_out.double()).norm(dim=1) / (z.double() @ w_out.double()).norm(dim=1)).mean()
+        assert result.layers[layer].cett == pytest.approx(float(cett), rel=1e-4)
+    dense = losses_under(llama.model, windows)
+    with sparsify(llama.model, result):
+        rise = float((losses_under(llama.model, windows) - dense).mean())
+    assert result.ppl_increase_percent == pytest.approx(100 * math.expm1(rise), abs=0.02)
+    same = cett_ppl_sparsity(llama.model, windows, p_percent=P_PERCENT, calibration=windows, tolerance_percent=1.0)
+    assert same.calibration is None
+
+
+def test_a_metric_that_is_none_is_refused(llama: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match=r"metric must be 'ppl' or 'kl', got 'js'"):
+        cett_ppl_sparsity(llama.model, llama.windows, metric="js")  # type: ignore[arg-type]
+
+
+def test_on_longer_text_the_cett_is_interpolated_and_corrected_by_some_windows(
+    llama: SimpleNamespace, own_windows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = own_windows(llama.model, 48, window=48)
+    monkeypatch.setattr("neuron_sparsity.evaluation._CHECKED_WHOLE", 1000)
+    monkeypatch.setattr("neuron_sparsity.evaluation._HEAD_TOKENS", 480)
+    result = cett_ppl_sparsity(llama.model, windows, p_percent=P_PERCENT, tolerance_percent=TOLERANCE, batch_size=10)
+    assert result.cett_measured_on == 480
+    for layer, z in enumerate(posts_of(llama.model, windows)):
+        w_out = llama.model.blocks[layer].mlp.W_out.detach().double()
+        tail = z.double() * (contributions(llama.model, layer, z) < result.layers[layer].threshold)
+        exact = ((tail @ w_out).norm(dim=1) / (z.double() @ w_out).norm(dim=1)).mean()
+        assert result.layers[layer].cett == pytest.approx(float(exact), rel=0.004)
+        assert float(exact) == pytest.approx(result.cett, rel=0.008)
+
+
 # The ends of the scale.
 
 
@@ -259,7 +384,8 @@ def test_a_tiny_p_ends_and_says_what_it_measured(llama: SimpleNamespace) -> None
 def test_not_reached_is_never_said_without_a_look_at_cett_one(
     llama: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("neuron_sparsity.sparsity._MAX_EVALUATIONS", 1)
+    monkeypatch.setattr("neuron_sparsity.cett_search._MAX_PASSES", 1)
+    monkeypatch.setattr("neuron_sparsity.evaluation._ROUGH_PASSES", 0)
     monkeypatch.setattr("neuron_sparsity.sparsity._FIRST_CETT", 1e-5)
     result = cett_ppl_sparsity(llama.model, llama.windows.take(4), p_percent=3.0)
     untouched, first, last = [one["cett"] for one in result.evaluations][:3]

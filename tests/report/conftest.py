@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from neuron_sparsity.interval import Estimate
+
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 EXAMPLES, CONTEXT, CENTRE = 5, 24, 16
 WORDS = [
@@ -155,7 +157,13 @@ def make_result(info: Any, text: dict[str, Any], thresholds: np.ndarray, ratio: 
         (1.0, 91_000.0, 0.001),
     ]
     evaluations = tuple(
-        {"cett": c, "ppl": dense * (1 + rise / 100), "ppl_increase_percent": rise, "activation_ratio": a}
+        {
+            "cett": c,
+            "ppl": dense * (1 + rise / 100),
+            "ppl_increase_percent": rise,
+            "kl": 0.25 * c**2,
+            "activation_ratio": a,
+        }
         for c, rise, a in rises
     )
     grid = np.linspace(0, 1, 200)
@@ -180,6 +188,13 @@ def make_result(info: Any, text: dict[str, Any], thresholds: np.ndarray, ratio: 
         layers=layers,
         model=info,
         corpus=text,
+        metric="cett_ppl",
+        kl=0.0098,
+        estimates=(
+            Estimate("cett_ppl", cett, mean + 0.001, mean - 0.021, mean + 0.024, 32, 3, 65_536),
+            Estimate("cett_kl", cett * 1.08, mean - 0.012, mean - 0.018, mean - 0.005, 32, 3, 65_536),
+        ),
+        calibration=None,
         cost={"forward_passes": 9.5, "seconds": 214.7},
         provenance={
             "versions": {"torch": "2.13.0", "transformer_lens": "4.3.0"},

@@ -297,6 +297,27 @@ def test_of_a_huge_file_evenly_spaced_stretches_are_read(tmp_path, monkeypatch, 
     assert numbers[-1] > 3 * N_WORDS / 4
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_large_file_is_tokenised_in_pieces(tmp_path, monkeypatch, packed):
+    monkeypatch.setattr(sources_module, "_PIECE_BYTES", 1000)
+    lengths, encode = [], sources_module._token_ids
+    monkeypatch.setattr(
+        sources_module,
+        "_token_ids",
+        lambda tokenizer, text, *rest, **options: (
+            lengths.append(len(text)) or encode(tokenizer, text, *rest, **options)
+        ),
+    )
+    path = tmp_path / "large.txt"
+    path.write_text(make_texts([N_WORDS])[0][1], encoding="utf-8")
+    n_pieces = -(-path.stat().st_size // 1000)
+    windows = load_corpus(path, make_model(PLAIN), n_ctx=4, n_tokens=4 * N_WORDS, packed=packed)
+    assert max(lengths) <= 1000
+    assert sum(length > 1 for length in lengths) == n_pieces
+    seen = {word for row in words(windows) for word in row if word >= 0}
+    assert len(seen) > N_WORDS - 6 * n_pieces, "at a seam a word or a window's tail is lost, and no more"
+
+
 def test_a_stretch_may_begin_and_end_inside_a_character(tmp_path):
     data = "\u4f60\u597d \u4e16\u754c!".encode()
     (tmp_path / "x.txt").write_bytes(data)
@@ -382,7 +403,7 @@ def test_data_set_is_read_only_as_far_as_needed(datasets, monkeypatch):
 
     datasets.splits = {"train": endless()}
     load_corpus("hf:endless", MODEL, n_ctx=5, n_tokens=10)
-    assert len(seen) == -(-500 // len("w1 w2 w3 w4 w5"))
+    assert len(seen) == -(-500 // len("w1 w2 w3 w4 w5")) + 1, "one more row tells that these are not all"
 
 
 def test_data_set_column(datasets):
@@ -583,6 +604,7 @@ def test_describe():
         "bos": True,
         "packing": "apart",
         "stride": 3,
+        "sampling": "windows evenly spaced over 1 document",
     }
 
 

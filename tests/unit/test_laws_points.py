@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,10 @@ def test_order_is_kept(tmp_path: Path) -> None:
         ('{"points": [7]}', "point 0 has no tokens and no activation_ratio"),
         ('{"points": [{"tokens": 1, "activation_ratio": null}]}', "point 0 has nothing for activation_ratio"),
         ('{"points": [{"tokens": true, "activation_ratio": 0.1}]}', "point 0 has True for tokens"),
+        ("[" * 100_000, r"is damaged \(maximum recursion depth"),
+        ('{"points": ' + "9" * 5000 + "}", r"is damaged \(Exceeds the limit"),
+        ('{"token_passed": [1' + "0" * 400 + '], "activation_ratio": [0.1]}', "point 0 has 1000.* for tokens"),
+        ("tokens,activation_ratio\n" + "9" * 200_000 + ",0.1\n", r"is no CSV \(field larger than field limit"),
         (
             '{"token_passed": [1, 2], "activation_ratio": [0.1]}',
             "has 2 token counts and 1 ratios; give one ratio a count",
@@ -94,3 +99,21 @@ def test_a_missing_and_a_binary_file(tmp_path: Path) -> None:
     (tmp_path / "curve.bin").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(RunFolderError, match="cannot be read as text"):
         read_points(tmp_path / "curve.bin")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+def test_a_pipe_is_read_to_its_end_and_never_waited_for_in_a_folder(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.write(write, TEXTS["plain.csv"].encode())
+    os.close(write)
+    try:
+        assert read_points(f"/dev/fd/{read}").tokens.tolist() == TOKENS
+    finally:
+        os.close(read)
+    os.mkfifo(tmp_path / "trajectory.json")
+    with pytest.raises(RunFolderError, match=r"trajectory.json is no file; pass"):
+        read_points(tmp_path)
+    with pytest.raises(RunFolderError, match="/dev/zero holds more than 64 MiB; pass"):
+        read_points("/dev/zero")
+    with pytest.raises(RunFolderError, match="cannot be read as text"):
+        read_points("a\0b")

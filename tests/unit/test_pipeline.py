@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from neuron_sparsity import pipeline
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.pipeline import Run, load_run, render
+from neuron_sparsity.recorder import PARTIAL
+from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import read_tensors, write_tensors
 
 QUESTION: dict[str, Any] = {"ranking": "contribution", "replacement": "mean", "scope": "model", "seed": 0}
@@ -41,7 +44,7 @@ def run(model: Any, windows: Windows, tmp_path: Path) -> Callable[..., Run]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The measurements that were made, in order."""
     made: list[str] = []
-    for name in ("cett_ppl_sparsity", "record", "removable_neurons", "token_activity"):
+    for name in ("cett_ppl_sparsities", "record", "removable_neurons", "token_activity"):
         original = getattr(pipeline, name)
 
         def counted(*arguments: Any, name: str = name, original: Any = original, **options: Any) -> Any:
@@ -76,7 +79,7 @@ def test_each_question_is_measured_once(run: Callable[..., Run], passes: list[st
         fresh.passage(result)
         return list(passes)
 
-    everything = ["cett_ppl_sparsity", "record", "removable_neurons", "token_activity"]
+    everything = ["cett_ppl_sparsities", "record", "removable_neurons", "token_activity"]
     assert steps(1.0) == everything
     assert steps(1.0) == []
     for change in ({"ranking": "maximum"}, {"replacement": "zero"}, {"scope": "layer"}, {"seed": 3}):
@@ -92,7 +95,48 @@ def test_a_recording_is_made_again_only_for_new_thresholds(run: Callable[..., Ru
     with_thresholds = alone.record(result)
     assert with_thresholds.threshold_names == ("CETT-PPL-1%",)
     assert alone.record().threshold_names == ("CETT-PPL-1%",)
-    assert passes == ["record", "cett_ppl_sparsity", "record"]
+    assert passes == ["record", "cett_ppl_sparsities", "record"]
+
+
+@pytest.mark.parametrize("next_step", ["the same", "other thresholds"])
+def test_a_kill_between_a_result_and_the_removal_of_its_state(
+    run: Callable[..., Run], passes: list[str], monkeypatch: pytest.MonkeyPatch, next_step: str
+) -> None:
+    alone, unlink = run(), Path.unlink
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.name == PARTIAL:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", killed)
+        patched.setattr(pipeline, "record", partial(pipeline.record, checkpoint_seconds=0))
+        with pytest.raises(KeyboardInterrupt):
+            alone.record()
+    assert alone.folder.has(PARTIAL)
+    assert alone.folder.has("statistics.safetensors")
+    alone.record(None if next_step == "the same" else alone.sparsity(1.0))
+    assert passes == (["record"] if next_step == "the same" else ["record", "cett_ppl_sparsities", "record"])
+    assert not alone.folder.has(PARTIAL)
+
+
+def test_the_state_of_another_recording_stays(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """`report` was interrupted in its recording under thresholds; `record` finds its own result and leaves that be."""
+    alone = run()
+    alone.record()
+    result = alone.sparsity(1.0)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NeuronStatistics, "save", killed)
+        patched.setattr(pipeline, "record", partial(pipeline.record, checkpoint_seconds=0))
+        with pytest.raises(KeyboardInterrupt):
+            alone.record(result)
+    alone.record()
+    assert alone.folder.has(PARTIAL)
 
 
 def test_windows_of_the_folder_are_those_of_its_results(run: Callable[..., Run], windows: Windows) -> None:
@@ -138,9 +182,11 @@ def test_files_that_do_not_fit_together_are_named(run: Callable[..., Run]) -> No
     path = alone.folder.file("sparsity.json")
     data = json.loads(path.read_text())
     path.write_text(json.dumps(data | {"ppl_dense": "low"}))
-    with pytest.raises(RunFolderError, match=r"sparsity.json is damaged \(TypeError: ppl_dense must be float, got str"):
+    with pytest.raises(
+        RunFolderError, match=r'sparsity.json is damaged \(TypeError: ppl_dense must be float, got "low"'
+    ):
         load_run(alone.folder.path)
-    path.write_text(json.dumps(data | {"evaluations": [1, 2]}))
+    path.write_text(json.dumps(data | {"evaluations": [{}]}))
     with pytest.raises(RunFolderError, match=r"run cannot be rendered .*delete that file and run its step again"):
         render(alone.folder.path)
     path.write_text(json.dumps(data))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -233,6 +234,15 @@ def test_round_trip_without_thresholds_or_examples(tmp_path: Path) -> None:
     assert_same(NeuronStatistics.load(str(tmp_path)), replace(stats, **none))
 
 
+def test_infinite_values_are_no_damage(tmp_path: Path) -> None:
+    """A threshold that cuts everything is infinite, and squares of large contributions overflow float32."""
+    stats = make_statistics(make_activations(5, 3))
+    stats = replace(stats, thresholds=torch.full_like(CUTS, math.inf))
+    stats.contribution_sq_sum[0, 0] = math.inf
+    stats.save(tmp_path)
+    assert_same(NeuronStatistics.load(tmp_path), stats)
+
+
 def edited(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable[[Path], None]:
     def edit(path: Path) -> None:
         tensors, header = read_tensors(path)
@@ -262,6 +272,18 @@ def edited(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable[
             edited(lambda tensors, header: tensors.update(example_position=tensors["example_position"][..., :1])),
             "is damaged (ValueError: example_position is torch.int64 [2, 3, 1], not torch.int64 [2, 3, 2])",
         ),
+        (edited(lambda tensors, header: header.update(n_tokens=0)), "is damaged (ValueError: 0 tokens, 2 layers"),
+        (
+            edited(lambda tensors, header: header.update(n_tokens=2**63)),
+            "is damaged (ValueError: 92233720368",
+        ),
+        (edited(lambda tensors, header: header.update(n_tokens=7)), "is damaged (ValueError: histogram has counts"),
+        (edited(lambda tensors, header: tensors["histogram"].sub_(1)), "is damaged (ValueError: histogram has counts"),
+        (edited(lambda tensors, header: tensors["w_norm"].fill_(math.nan)), "is damaged (ValueError: w_norm is NaN)"),
+        (edited(lambda tensors, header: header["model"].update(layers=[0])), "is damaged (ValueError: 16 tokens, 2 la"),
+        (edited(lambda tensors, header: header["model"].update(d_model="4")), "is damaged (TypeError: d_model must be"),
+        (edited(lambda tensors, header: header["corpus"].pop("window")), "is damaged (KeyError: 'window')"),
+        (edited(lambda tensors, header: header["corpus"].update(name=1)), "is damaged (ValueError: name of the corpus"),
     ],
 )
 def test_a_damaged_file_is_told_in_one_line(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:

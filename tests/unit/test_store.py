@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuron_sparsity import store
+from neuron_sparsity import store, typed
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.store import RunFolder, read_json, read_tensors, write_bytes, write_json, write_tensors
 
@@ -159,14 +160,55 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 write_bytes(Path(sys.argv[1], "small"), bytes(1000))
 try:
-    write_bytes(Path(sys.argv[1], "large"), bytes(100_000))
+    write_bytes(Path(sys.argv[1], "small"), bytes(100_000))
 except RunFolderError as error:
     print(error)
 """
     done = run_python(code, tmp_path)
-    expected = f"{tmp_path / 'large'} cannot be written (File too large); name another folder with --out\n"
+    expected = f"{tmp_path / 'small'} cannot be written (File too large); name another folder with --out\n"
     assert done.stdout == expected, done.stderr
     assert visible(tmp_path) == ["small"]
+    assert (tmp_path / "small").read_bytes() == bytes(1000), "what was there before"
+
+
+def test_what_killed_processes_left_is_removed_after_an_hour(tmp_path: Path) -> None:
+    RunFolder(tmp_path, REQUEST)
+    (tmp_path / ".notes.txt").write_text("not ours")
+    (tmp_path / ".cache.d.abcdefgh").mkdir()
+    leave = """
+import os, signal, sys
+from pathlib import Path
+from neuron_sparsity.store import make_folder, write_bytes
+name, function = sys.argv[2:]
+setattr(os, function, lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+make_folder(Path(sys.argv[1])) if name == "probe" else write_bytes(Path(sys.argv[1], name), b"half")
+"""
+    for name, function in (("statistics.safetensors", "replace"), ("sparsity.json", "fsync"), ("probe", "unlink")):
+        assert run_python(leave, tmp_path, name, function).returncode == -signal.SIGKILL
+    left = [path for path in tmp_path.iterdir() if path.name.startswith((".statistics.", ".sparsity.", ".probe."))]
+    assert len(left) == 3
+    RunFolder(tmp_path, REQUEST)
+    assert all(path.exists() for path in left), "another process may be writing them"
+    for path in [*left, tmp_path / ".notes.txt", tmp_path / ".cache.d.abcdefgh"]:
+        os.utime(path, (0, 0))
+    RunFolder(tmp_path, REQUEST)
+    assert visible(tmp_path) == [".cache.d.abcdefgh", ".notes.txt", "run.json"]
+
+
+def test_a_name_is_on_the_disk_before_the_next_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file, then its name: what is removed after a write cannot outlive it in a power failure."""
+    steps: list[str] = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+
+        def counted(*arguments: Any, name: str = name, original: Callable[..., Any] = original) -> Any:
+            folder = name == "fsync" and stat.S_ISDIR(os.fstat(arguments[0]).st_mode)
+            steps.append("folder" if folder else name)
+            return original(*arguments)
+
+        monkeypatch.setattr(os, name, counted)
+    write_bytes(tmp_path / "x", b"1")
+    assert steps == ["fsync", "replace", "folder"]
 
 
 # --- files that cannot be read ---
@@ -186,6 +228,12 @@ except RunFolderError as error:
         (b'{"schema": "1"}', "is no file of neuron_sparsity"),
         (b'{"schema": true}', "is no file of neuron_sparsity"),
         (b'{"schema": 0}', "is no file of neuron_sparsity"),
+        (b'{"schema": 1, "ppl": NaN}', "cannot be read (ValueError: NaN is no number in JSON)"),
+        (b'{"schema": 1, "ppl": -Infinity}', "cannot be read (ValueError: -Infinity is no number in JSON)"),
+        (b'{"schema": 1, "ppl": [{"x": 1e999}]}', "cannot be read (ValueError: a number is too large)"),
+        (b'{"schema": 1, "n": 1' + b"0" * 400 + b"}", "cannot be read (ValueError: a number is too large)"),
+        (b'{"schema": 1, "n": 1' + b"0" * 5000 + b"}", "cannot be read (ValueError: "),
+        (b'{"schema": 1, "a": ' + b"[" * 32 + b"]" * 32 + b"}", "cannot be read (ValueError: more than 32 levels"),
         (b'{"schema": 2}', "has schema 2, this version reads up to 1; `pip install -U neuron-sparsity`"),
     ],
 )
@@ -277,6 +325,60 @@ def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
     assert visible(tmp_path) == ["thesis.tex"]
 
 
+def test_nothing_is_tried_out_in_a_folder_of_foreign_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    monkeypatch.setattr(store, "make_folder", pytest.fail)
+    assert "holds other files" in refusal(lambda: RunFolder(tmp_path, REQUEST))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+@pytest.mark.parametrize("read", [read_json, read_tensors])
+def test_pipes_and_huge_files_are_not_opened(tmp_path: Path, read: Callable[[Path], Any]) -> None:
+    os.mkfifo(tmp_path / "pipe")  # opening it would wait for a writer
+    assert "(OSError: it is no file)" in refusal(lambda: read(tmp_path / "pipe"))
+    (tmp_path / "zeros").symlink_to("/dev/zero")
+    assert "(OSError: it is no file)" in refusal(lambda: read(tmp_path / "zeros"))
+    (tmp_path / "huge").touch()
+    os.truncate(tmp_path / "huge", 1 << 42)
+    assert "(OSError: 4,398,046,511,104 bytes are more than" in refusal(lambda: read(tmp_path / "huge"))
+
+
+@dataclass
+class Inner:
+    size: int
+
+
+@dataclass
+class Outer:
+    ratio: float
+    names: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    inner: tuple[Inner, ...]
+    rises: dict[str, float]
+    extra: dict[str, Any] | None
+
+
+def test_fields_are_checked_all_the_way_down() -> None:
+    right = {"ratio": 1, "names": ("a",), "pairs": ((1, 2),), "inner": (Inner(1),), "rises": {}, "extra": None}
+    assert typed.checked(Outer(**right)) == Outer(**right)  # type: ignore[arg-type]
+    typed.checked(Outer(**right | {"rises": {"ppl": None}, "extra": {"a": [None]}}))  # type: ignore[arg-type]
+    for name, wrong in (
+        ("ratio", "1"),
+        ("ratio", True),
+        ("ratio", None),
+        ("names", ["a"]),
+        ("names", (1,)),
+        ("pairs", ((1,),)),
+        ("pairs", ((1, 2.5),)),
+        ("inner", ({"size": 1},)),
+        ("inner", (Inner("1"),)),  # type: ignore[arg-type]
+        ("rises", []),
+        ("extra", []),
+    ):
+        with pytest.raises(TypeError, match=r"must be .*, got "):
+            typed.checked(Outer(**right | {name: wrong}))  # type: ignore[arg-type]
+
+
 def test_hidden_files_do_not_matter(tmp_path: Path) -> None:
     (tmp_path / ".DS_Store").write_text("x")
     assert RunFolder(tmp_path, REQUEST).has("run.json")
@@ -297,10 +399,9 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc, where not even root can make a file")
 def test_a_folder_where_nothing_can_be_written() -> None:
-    for path in (Path("/proc/self"), Path("/proc/self/out")):
-        assert re.search(
-            r" cannot be written \(.+\); name another", refusal(lambda path=path: RunFolder(path, REQUEST))
-        )
+    refused = [lambda: store.make_folder(Path("/proc/self")), lambda: RunFolder("/proc/self/out", REQUEST)]
+    for call in refused:
+        assert re.search(r" cannot be written \(.+\); name another", refusal(call))
     assert " cannot be written (" in refusal(lambda: write_json(Path("/proc/self/x.json"), {}))
 
 

@@ -11,7 +11,7 @@ import torch
 from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.kernels import N_BINS
-from neuron_sparsity.sparsity import LayerThreshold, SparsityResult
+from neuron_sparsity.sparsity import Estimate, LayerThreshold, SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.summary import summary_lines
 
@@ -106,6 +106,21 @@ def test_every_number_is_said_with_what_it_was_measured_on(
         "  control, as many random neurons of every layer: +50.000 %",
         "  on 1,000 held-out tokens: +1.500 %, does not hold",
     ]
+
+
+def test_estimates_of_both_metrics_have_their_interval_or_say_why_not(result: SparsityResult) -> None:
+    ppl = Estimate("cett_ppl", 0.21, 0.251, 0.2, 0.3, 40, 3, 8000)
+    kl = Estimate("cett_kl", 0.22, 0.24, None, None, 4, 2, 8000)
+    lines = summary_lines(replace(result, estimates=(ppl, kl), calibration=CORPUS | {"name": "other"}), None, None)
+    assert lines[3:] == [
+        "  CETT-PPL-1% by all passes: activation ratio 0.251 at CETT 0.2100; 95 % interval 0.200 to 0.300 (40 windows; "
+        "8,000 tokens would halve it)",
+        "  CETT-KL-1% by all passes: activation ratio 0.240 at CETT 0.2200; 4 windows are too few for an interval",
+        "thresholds from other text: other, 2,000 tokens",
+    ]
+    by_kl = replace(result, metric="cett_kl", kl=0.002, reached=False)
+    assert summary_lines(by_kl, None, None)[1].startswith("CETT-KL-1% is not reached")
+    assert summary_lines(by_kl, None, None)[1].endswith("the KL divergence is only 0.20 %")
 
 
 def test_what_did_not_come_out_is_said(result: SparsityResult) -> None:

@@ -1,0 +1,142 @@
+"""Truncated passes, one after the other, until one of them stands for p.
+
+A pass is made at a first guess, then where the line through all passes in (log CETT, log rise) puts p. It is over when
+a pass lies within the tolerance of p and close to that place, and the place rests on two passes at least; passes beside
+it are made while it is not known well enough. See `search` for the line, `evaluation` for the passes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from neuron_sparsity.evaluation import KL_SLOPE, Evaluation, Evaluator
+from neuron_sparsity.search import RootEstimate, at_root, estimate_root, next_cett, spread
+
+__all__ = ["METRICS", "CettSearch", "Goal", "Metric"]
+
+Metric = Literal["ppl", "kl"]
+METRICS: tuple[Metric, ...] = ("ppl", "kl")
+
+_MAX_PASSES = 8  # around one p
+_MIN_CETT = 1e-6
+_JITTER = 0.04  # of the rise at p = 1 and 4,096 tokens, in percentage points (measured: docs/measured.md)
+_KL_JITTER = 0.2  # the same of the KL divergence, as a share of it
+_SLOPES = {"ppl": 2.5, "kl": KL_SLOPE}  # of log(rise) over log(CETT), measured on smollm2-135m (docs/measured.md)
+_ROOT_ERROR = 0.6  # standard error of the root that ends the search, in tolerances
+_AT_ROOT = 0.02  # in log(CETT), 0.003 of activation ratio: a pass that close to the root stands for it
+_CETT_TOLERANCE = 0.004  # of each layer's CETT against the common one, relative
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is asked for.
+
+    Attributes:
+        p_percent: Rise of perplexity, or of what the KL divergence would be as one.
+        metric: Which of them.
+        tolerance: How close a pass must come, in percentage points.
+        n_scored: Scored positions of the text: the more, the less a pass jitters.
+    """
+
+    p_percent: float
+    metric: Metric
+    tolerance: float
+    n_scored: int
+
+    @property
+    def target(self) -> float:
+        """Wanted rise of the mean loss, or mean KL divergence, in nats."""
+        return math.log1p(self.p_percent / 100)
+
+    def root(self, evaluations: Sequence[Evaluation], metric: Metric | None = None) -> RootEstimate | None:
+        """Return where all passes put p by a metric; the goal's own if None."""
+        metric = metric or self.metric
+        jitter = _JITTER * min(1.0, 1 / self.p_percent) * math.sqrt(4096 / max(1, self.n_scored))
+        points = [(e.cett, e.mean(metric)) for e in evaluations]
+        jitter *= _KL_JITTER if metric == "kl" else 1.0
+        return estimate_root(points, self.target, jitter=jitter, prior_slope=_SLOPES[metric])
+
+
+class CettSearch:
+    """One search, on an evaluator that has made its dense pass; passes made for another p serve it too.
+
+    Args:
+        evaluator: Makes the passes.
+        goal: What is asked for.
+    """
+
+    def __init__(self, evaluator: Evaluator, goal: Goal) -> None:
+        self.evaluator, self.goal = evaluator, goal
+
+    def run(self, guess: float) -> tuple[Evaluation, Float[np.ndarray, " layer"]]:
+        """Return the chosen pass, and each layer's CETT at its thresholds."""
+        self._approach(guess)
+        best = self._best()
+        for attempt in (0, 1):
+            cett = self.evaluator.check(best.thresholds)
+            off = np.abs(cett / best.cett - 1)[self.evaluator.curves.maximum > 0]
+            if attempt == 1 or best.cett >= 1.0 or not off.size or off.max() <= _CETT_TOLERANCE:
+                break
+            self.evaluator.refine(best.thresholds)
+            best = self.evaluator.truncate(best.cett)
+        return best, cett
+
+    def _approach(self, cett: float) -> None:
+        extended = 0
+        for _ in range(_MAX_PASSES):
+            if cett < 1.0 and extended < 2 and not self.evaluator.curves.covers(cett):
+                self.evaluator.extend(cett)
+                extended += 1
+            made = self.evaluator.truncate(cett)
+            if self._settled() or (cett >= 1.0 and self.value(made) < self.goal.p_percent):
+                break
+            cett = self._next()
+            if cett < _MIN_CETT:
+                break
+        if not self.reached() and all(e.cett < 1 for e in self.evaluator.evaluations):
+            self.evaluator.truncate(1.0)  # "not reached" is said of CETT 1 only
+
+    def _next(self) -> float:
+        root = self.goal.root(self.evaluator.evaluations)
+        points = [(e.cett, e.mean(self.goal.metric)) for e in self.evaluator.evaluations]
+        if root is None or (root.n_points < 2 and not self._stands(root)):
+            return next_cett(points, self.goal.target, prior_slope=_SLOPES[self.goal.metric])
+        return spread(root, points) if self._stands(root) else at_root(root, points)
+
+    def _settled(self) -> bool:
+        """Whether a pass is within the tolerance, and close to where all of them, two at least, put p."""
+        root = self.goal.root(self.evaluator.evaluations)
+        if root is None or root.n_points < 2 or not self._stands(root):
+            return False
+        return root.error * self.goal.p_percent <= _ROOT_ERROR * self.goal.tolerance
+
+    def _stands(self, root: RootEstimate) -> bool:
+        return any(abs(math.log(e.cett / root.cett)) <= _AT_ROOT for e in self._near())
+
+    def value(self, evaluation: Evaluation) -> float:
+        """Return what is compared with p."""
+        return evaluation.percent(self.goal.metric)
+
+    def reached(self) -> bool:
+        """Whether some pass cost as much as was asked for."""
+        return any(self.value(e) >= self.goal.p_percent - self.goal.tolerance for e in self.evaluator.evaluations)
+
+    def _near(self) -> list[Evaluation]:
+        """The evaluations within the tolerance."""
+        return [
+            e for e in self.evaluator.evaluations if abs(self.value(e) - self.goal.p_percent) <= self.goal.tolerance
+        ]
+
+    def _best(self) -> Evaluation:
+        if not self.reached():
+            return max(self.evaluator.evaluations, key=lambda e: e.cett)
+        root = self.goal.root(self.evaluator.evaluations)
+        if root is None or not self._near():
+            return min(self.evaluator.evaluations, key=lambda e: abs(self.value(e) - self.goal.p_percent))
+        return min(self._near(), key=lambda e: abs(math.log(e.cett / root.cett)))

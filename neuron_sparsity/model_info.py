@@ -1,0 +1,94 @@
+"""What a number was measured on, on the model's side: names, sizes, and a fingerprint of the output weights."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = ["ModelInfo", "WeightFacts"]
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What a number was measured on, on the model's side.
+
+    Attributes:
+        name: Name the model was loaded by.
+        n_layers: Layers with an MLP, the ones measured.
+        d_model: Width of the residual stream.
+        d_mlp: Neurons per layer.
+        activation: Name of the activation function.
+        gated: Whether the post-activation is `act(gate) * up`.
+        dtype: Type the model computes in.
+        weights: `"as loaded"`, or `"centred"` where the host centred the weights that write to the residual stream.
+        host: Class and TransformerLens version that ran the model.
+        layers: Block index of each measured layer.
+        fingerprint: Hash of the norms of all output weight rows (rounded to 3 digits): same weights, same hash.
+    """
+
+    name: str
+    n_layers: int
+    d_model: int
+    d_mlp: int
+    activation: str
+    gated: bool
+    dtype: str
+    weights: str
+    host: str
+    layers: tuple[int, ...]
+    fingerprint: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values, ready for JSON."""
+        return asdict(self) | {"layers": list(self.layers)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ModelInfo:
+        """Return what `to_json` was made from."""
+        return cls(**{name: data[name] for name in cls.__dataclass_fields__} | {"layers": tuple(data["layers"])})
+
+
+class WeightFacts:
+    """What is kept of the output weights, gathered one layer at a time: an offloaded layer is read once.
+
+    Attributes:
+        norms: Norm of each row, a layer.
+        shape: Of the first layer's weights.
+        dtype: Of the first layer's weights.
+        centred: Whether the rows of every layer so far have mean zero.
+
+    Example:
+        >>> import torch
+        >>> facts = WeightFacts()
+        >>> facts.add(torch.tensor([[3.0, -3.0], [0.0, 0.0]]))
+        >>> facts.norms[0].tolist(), facts.centred, facts.fingerprint
+        ([4.242640495300293, 0.0], True, '6edbed31730b42dc')
+    """
+
+    def __init__(self) -> None:
+        self.norms: list[Float[Tensor, " neuron"]] = []
+        self.shape: tuple[int, int] = (0, 0)
+        self.dtype = ""
+        self.centred = True
+        self._digest = hashlib.sha256()
+
+    def add(self, w_out: Float[Tensor, "neuron d_model"]) -> None:
+        """Take in the next layer's output weights."""
+        if not self.norms:
+            self.shape = (int(w_out.shape[0]), int(w_out.shape[1]))
+            self.dtype = str(w_out.dtype).removeprefix("torch.")
+        rows = w_out.float()
+        self.norms.append(rows.norm(dim=1))
+        self.centred &= float(rows.mean(dim=1).abs().max()) < 1e-5 * max(float(rows.abs().max()), 1e-30)
+        # In float64, where the order of the sum does not show in three digits.
+        norms = w_out.double().norm(dim=1)
+        self._digest.update(" ".join(f"{value:.3g}" for value in norms.tolist()).encode())
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the norms of all rows, rounded to 3 digits."""
+        return self._digest.hexdigest()[:16]
