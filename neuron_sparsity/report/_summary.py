@@ -81,7 +81,7 @@ def summary(
     """Return the headline cards: sparsity, idle neurons beside removable ones, dead neurons."""
     cards = []
     if result is not None:
-        cards += [_sparsity_card(result), *_companion_card(result), _idle_card(result, _n_neurons(stats))]
+        cards += [_sparsity_card(result), _idle_card(result, _n_neurons(stats))]
     if removed is not None:
         cards.append(_removable_card(removed))
     cards.append(_dead_card(stats, result))
@@ -100,28 +100,20 @@ def _interval_line(found: Estimate) -> str:
     if found.low is None:
         return "Too few windows for an interval."
     return (
-        f"95 % interval for text like this: {number(found.low)} to {number(found.high)}, by bootstrap over "
-        f"{count(found.n_windows)} windows; {count(found.tokens_to_halve)} tokens would halve it."
+        f"95 % interval for text like this: {number(found.low)} to {number(found.high)} (bootstrap over "
+        f"{count(found.n_windows)} windows; {count(found.tokens_to_halve)} tokens would halve it)."
     )
 
 
-def _companion_card(result: SparsityResult) -> list[Markup]:
+def _companion_line(result: SparsityResult) -> list[str]:
     """The same question by the other metric, read off the same passes."""
     other = next((found for found in result.estimates if found.metric != result.metric), None)
     if other is None:
         return []
-    kl = other.metric == "cett_kl"
-    label = f"Activation ratio at CETT-{'KL' if kl else 'PPL'}-{result.p_percent:g}%"
-    rate = f"log(1 + {result.p_percent:g}/100)"
-    what = (
-        f"the mean KL divergence from the dense model is {rate}"
-        if kl
-        else f"perplexity rises by {result.p_percent:g} %"
-    )
-    lines = [f"Where {what}: CETT {number(other.cett)}.", _interval_line(other)]
-    definition = "Steadier companion, from the same passes." if kl else "From the same passes."
-    definition += f" A fit through {count(other.n_passes)} of them."
-    return [card(label, number(other.activation_ratio), lines, _measured_on(result.model, result.corpus, definition))]
+    name = f"CETT-{'KL' if other.metric == 'cett_kl' else 'PPL'}-{result.p_percent:g}%"
+    by = "by KL divergence from the dense model" if other.metric == "cett_kl" else "by perplexity"
+    ends = "" if other.low is None else f" ({number(other.low)} to {number(other.high)})"
+    return [f"{name}, {by}: {number(other.activation_ratio)}{ends}."]
 
 
 def _sparsity_card(result: SparsityResult) -> Markup:
@@ -140,6 +132,7 @@ def _sparsity_card(result: SparsityResult) -> Markup:
     own = next((found for found in result.estimates if found.metric == result.metric), None)
     if own is not None:
         lines.append(_interval_line(own))
+    lines += _companion_line(result)
     if result.calibration is not None:
         lines.append(f"Thresholds from other text: {visible(result.calibration.get('name', '?'))}.")
     if not result.converged:

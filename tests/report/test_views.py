@@ -234,3 +234,41 @@ def test_a_view_alone_carries_what_it_needs(run: Any) -> None:
     html = views.with_assets(views.passage_tokens(run.passage))
     assert html.count("var CircuitsVis=") == 1
     assert "<style>" in html
+
+
+def words_of(html: str) -> str:
+    return text_of(html).replace("\u00a0", " ").replace("\n", " ")
+
+
+def changed(result: Any, **attributes: Any) -> SimpleNamespace:
+    return SimpleNamespace(**vars(result) | attributes)
+
+
+def test_the_interval_and_the_companion_stand_beside_the_number(run: Any) -> None:
+    text = words_of(views.summary(run.stats, run.result, run.removed))
+    ppl, kl = run.result.estimates
+    assert f"95 % interval for text like this: {ppl.low:.3f} to {ppl.high:.3f} (bootstrap over 32 windows" in text
+    assert f"CETT-KL-1%, by KL divergence from the dense model: {kl.activation_ratio:.3f}" in text
+    assert f"(95 % interval {100 * ppl.low:.1f} % to {100 * ppl.high:.1f} %)" in text
+    chart = views.activation_curve(run.result)
+    assert chart.count("95 % interval") == 3  # two bars and the caption
+    assert "KL divergence" in chart
+    alone = changed(run.result, estimates=())
+    assert "interval" not in words_of(views.summary(run.stats, alone, None))
+    assert "95 %" not in views.activation_curve(alone)
+
+
+def test_few_windows_and_other_text_are_told(run: Any) -> None:
+    few = replace(run.result.estimates[0], low=None, high=None)
+    other = run.result.corpus | {"name": "other text"}
+    result = changed(run.result, estimates=(few,), calibration=other)
+    text = words_of(views.summary(run.stats, result, None))
+    assert "Too few windows for an interval." in text
+    assert "Thresholds from other text: other text." in text
+    assert "other text" in words_of(views.measured(run.stats, result, None))
+
+
+def test_a_search_by_kl_divergence_says_so(run: Any) -> None:
+    text = words_of(views.summary(run.stats, changed(run.result, metric="cett_kl"), None))
+    assert "Activation ratio at CETT-KL-1%" in text.replace("\n", " ")
+    assert "a KL divergence of 1 %" in text
