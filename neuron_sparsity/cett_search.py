@@ -1,8 +1,8 @@
 """Truncated passes, one after the other, until one of them stands for p.
 
 A pass is made at a first guess, then where the line through all passes in (log CETT, log rise) puts p. It is over when
-a pass lies within the tolerance of p and close to that place, and the place rests on two passes at least; passes beside
-it are made while it is not known well enough. See `search` for the line, `evaluation` for the passes.
+a pass lies within the tolerance of p and close to that place, and the place rests on two passes at least. See
+`search` for the line, `evaluation` for the passes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _JITTER = 0.04  # of the rise at p = 1 and 4,096 tokens, in percentage points (m
 _KL_JITTER = 0.2  # the same of the KL divergence, as a share of it
 _SLOPES = {"ppl": 2.5, "kl": KL_SLOPE}  # of log(rise) over log(CETT), measured on smollm2-135m (docs/measured.md)
 _ROOT_ERROR = 0.6  # standard error of the root that ends the search, in tolerances
-_AT_ROOT = 0.02  # in log(CETT), 0.003 of activation ratio: a pass that close to the root stands for it
+_AT_ROOT = 0.012  # in log(CETT), 0.002 of activation ratio: a pass that close to the root stands for it
+_ON_ROOT = 0.005  # so close to it, a second pass would share the jitter of the first
 _CETT_TOLERANCE = 0.004  # of each layer's CETT against the common one, relative
 
 
@@ -107,7 +108,8 @@ class CettSearch:
         points = [(e.cett, e.mean(self.goal.metric)) for e in self.evaluator.evaluations]
         if root is None or (root.n_points < 2 and not self._stands(root)):
             return next_cett(points, self.goal.target, prior_slope=_SLOPES[self.goal.metric])
-        return spread(root, points) if self._stands(root) else at_root(root, points)
+        on_it = root.n_points < 2 and abs(math.log(self.evaluator.evaluations[-1].cett / root.cett)) < _ON_ROOT
+        return spread(root, points) if on_it else at_root(root, points)
 
     def _settled(self) -> bool:
         """Whether a pass is within the tolerance, and close to where all of them, two at least, put p."""
