@@ -32,8 +32,8 @@ _DEFAULT_N_CTX = 512
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MEASURED = "measured on smollm2-135m, float32, two CPU cores: "
 _COST = {  # dense passes with loss on the tokens of the step
-    "record": (0.91, _MEASURED + "docs/measured.md, Cost"),
-    "sparsity": (9.0, _MEASURED + "docs/measured.md, Cost"),
+    "record": (0.90, _MEASURED + "docs/measured.md, Cost"),
+    "sparsity": (3.7, _MEASURED + "docs/measured.md, Cost"),
     "ablate": (8.5, _MEASURED + "docs/scale.md, How long"),
 }
 
