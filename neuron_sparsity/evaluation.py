@@ -6,7 +6,7 @@
     check    the CETT of chosen thresholds, measured
 
 The mean KL divergence from the dense to the truncated model goes like CETT to the power of about two, and jitters a
-tenth as much as the rise of the loss: a thousand tokens place the search (docs/method.md).
+sixth as much as the rise of the loss: a thousand tokens place the search (docs/method.md).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ What is returned was measured: thresholds, the rise at exactly these thresholds,
 all passes together put p, with an interval, is in `estimates`, for both metrics: the same passes tell both.
 
 CETT-KL-p% asks for the CETT at which the mean KL divergence is log(1 + p/100): what the rise of perplexity would be on
-text drawn from the model itself. It needs a tenth of the text to be known as well (docs/method.md).
+text drawn from the model itself. The same text tells it two to four times as exactly (docs/measured.md).
 """
 
 from __future__ import annotations
