@@ -47,6 +47,8 @@ def main() -> None:
     options.add_argument("--exhaustive", action="store_true")
     options.add_argument("--jitter", action="store_true")
     given = options.parse_args()
+    if given.metric == "kl" and (given.paper or given.exhaustive):
+        options.error("--paper and --exhaustive search by perplexity: leave out --metric kl")
     adapter, windows = load(given)
     found: list[tuple[ns.SparsityResult, ...]] = []
 
@@ -99,7 +101,7 @@ def bisection(adapter: MLPAdapter, windows: Windows, p: float, steps: int) -> di
     """Bisection in CETT: what is dense is run dense again in every step, on all windows in one batch."""
     low, high, target = 0.0, 1.0, math.log1p(p / 100)
     dense = mean_loss(token_losses(adapter, windows), windows.scored)
-    rise, ratio = math.nan, math.nan
+    rise, ratio, cett = math.nan, math.nan, math.nan
     for _ in range(steps):
         cett = (low + high) / 2
         cuts = [0.0] * adapter.info.n_layers
@@ -113,7 +115,7 @@ def bisection(adapter: MLPAdapter, windows: Windows, p: float, steps: int) -> di
         rise, ratio = mean_loss(losses, windows.scored) - dense, truncation.activation_ratio
         print(f"  paper: CETT {cett:.5f} rise {100 * math.expm1(rise):.4f} % ratio {ratio:.5f}", flush=True)
         low, high = (cett, high) if rise < target else (low, cett)
-    return {"paper_rise_percent": 100 * math.expm1(rise), "paper_cett": (low + high) / 2, "paper_ratio": ratio}
+    return {"paper_rise_percent": 100 * math.expm1(rise), "paper_cett": cett, "paper_ratio": ratio}
 
 
 def searched_threshold(z: torch.Tensor, w_norm: torch.Tensor, w_out: torch.Tensor, cett: float) -> float:

@@ -79,14 +79,15 @@ def read_corpus(model: Any, text: list[str] | None, tokens: int, options: dict[s
     """Return the windows of a text, or of the default one."""
     from neuron_sparsity.corpus import load_corpus
 
-    return load_corpus(
-        text[0] if text and len(text) == 1 else text or DEFAULT_CORPUS,
-        model,
-        n_tokens=tokens,
-        n_ctx=options["n_ctx"],
-        prepend_bos=options["bos"],
-        packed=options["packed"],
-    )
+    with redirect_stdout(io.StringIO()):  # stdout is for results, and some libraries print there
+        return load_corpus(
+            text[0] if text and len(text) == 1 else text or DEFAULT_CORPUS,
+            model,
+            n_tokens=tokens,
+            n_ctx=options["n_ctx"],
+            prepend_bos=options["bos"],
+            packed=options["packed"],
+        )
 
 
 def conclude(
@@ -110,7 +111,7 @@ def conclude(
         found: dict[str, Any] = {name: part.to_json() for name, part in parts.items() if part is not None}
         if further:
             found = {"sparsity": [one.to_json() for one in (result, *further) if one is not None]}
-        alone = len(found) == 1 and stats is None
+        alone = len(found) == 1 and stats is None and not further
         print_json(next(iter(found.values())) if alone else {"folder": str(folder)} | found)
         return
     if quiet:

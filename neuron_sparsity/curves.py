@@ -158,7 +158,7 @@ class CettCurves:
             silent_tokens=self.silent_tokens,
             n_tokens=self.n_tokens,
             nonzero_ratio=self.nonzero_ratio,
-            head=self.head.joined(other.head) if self.head and other.head else None,
+            head=_joined_heads(self.head, other.head),
         )
 
 
@@ -344,6 +344,13 @@ def measure_curves(
             with memory_advice(len(tokens), windows.window):
                 adapter.final_residual(tokens, recorder.on_post)
     return recorder.curves()
+
+
+def _joined_heads(first: CettCurves | None, second: CettCurves | None) -> CettCurves | None:
+    """Both as one if they are of the same windows: batches of another size end elsewhere."""
+    if first is None or second is None or first.n_tokens != second.n_tokens:
+        return None
+    return first.joined(second)
 
 
 def _interpolate(x: np.ndarray, y: np.ndarray, at: float) -> float:

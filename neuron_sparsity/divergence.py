@@ -152,7 +152,8 @@ class _Rows:
 def _divergence(dense: Float[Tensor, "row vocab"], rows: ScoredRows) -> Float[Tensor, " row"]:
     log_p = dense.log_softmax(dim=1)
     log_q = rows.logits - rows.lse[:, None]
-    return (log_p.exp() * (log_p - log_q)).sum(dim=1)
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=1)  # a masked token has -inf in both
 
 
 def _linear_unembedding(adapter: MLPAdapter) -> Float[Tensor, "vocab d_model"] | None:

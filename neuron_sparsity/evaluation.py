@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -92,7 +93,8 @@ class Evaluator:
 
     Attributes:
         passes: Forward passes so far, in passes over `windows`.
-        dense_seconds: What the dense pass over `windows` would take without curves and references, from the rough part.
+        dense_seconds: What the dense pass over `windows` took, with what it measures.
+        nonzero_ratio: Share of (token, neuron) pairs of `windows` that are not exactly zero in the dense run.
         loss: Mean dense loss in nats.
         curves: CETT curves on the calibration text.
         evaluations: Every truncated pass over all windows.
@@ -113,7 +115,7 @@ class Evaluator:
         self.calibration = windows if calibration is None else calibration
         self.backend = backend
         self.backends = {kernels.choose(norm.device, backend).name for norm in adapter.w_norms}
-        self.passes, self.dense_seconds, self.loss = 0.0, math.nan, math.nan
+        self.passes, self.dense_seconds, self.loss, self.nonzero_ratio = 0.0, math.nan, math.nan, math.nan
         self.curves: CettCurves
         self.evaluations: list[Evaluation] = []
         self.checked_tokens = 0
@@ -139,9 +141,7 @@ class Evaluator:
     def _all_rough(self, part: Windows, targets: Sequence[float], first: Sequence[float]) -> list[float]:
         reference = DenseReference(self.adapter, part)
         probe = ProbeRecorder(self.adapter, max(1, part.n_tokens // _PROBE_ROWS), backend=self.backend)
-        start = time.perf_counter()
         self._losses(part, "dense pass, part", on_post=probe.on_post, on_rows=reference.remember)
-        self.dense_seconds = (time.perf_counter() - start) / part.n_tokens * self.windows.n_tokens
         self._probe = probe.curves()
         points: list[tuple[float, float]] = []
         return [self._rough(part, reference, *goal, points) for goal in zip(targets, first, strict=True)]
@@ -163,17 +163,31 @@ class Evaluator:
     def dense(self, guesses: Sequence[float]) -> list[float]:
         """Run the dense pass, with CETT curves around rough CETTs; return the exact curves' word for each of them."""
         wanted = sorted(min(0.95, guess * factor) for guess in guesses for factor in _CURVE_FACTORS)
-        apart = [cett for i, cett in enumerate(wanted) if i == 0 or cett > 1.03 * wanted[i - 1]]
+        apart: list[float] = []
+        for cett in wanted:
+            if not apart or cett > 1.03 * apart[-1]:
+                apart.append(cett)
         thresholds = ascending([self._probe.thresholds_at(cett) for cett in apart])
         self._reference = DenseReference(self.adapter, self.windows)
         options: dict[str, Any] = {"on_rows": self._reference.remember}
+        start = time.perf_counter()
         if self.calibration is self.windows:
             head = 0 if self.windows.n_tokens <= _CHECKED_WHOLE else _HEAD_TOKENS
             recorder = CurveRecorder(self.adapter, thresholds, backend=self.backend, head_tokens=head)
             self._dense = self._losses(self.windows, "dense pass, CETT curves", on_post=recorder.on_post, **options)
+            self.dense_seconds = time.perf_counter() - start
             self.curves = recorder.curves()
+            self.nonzero_ratio = float(self.curves.nonzero_ratio.mean())
         else:
-            self._dense = self._losses(self.windows, "dense pass", **options)
+            nonzero = torch.zeros(self.adapter.info.n_layers, dtype=torch.int64)
+
+            def count(layer: int, z: Tensor) -> None:
+                nonzero[layer] += z.count_nonzero().cpu()
+
+            self._dense = self._losses(self.windows, "dense pass", on_post=count, **options)
+            self.dense_seconds = time.perf_counter() - start
+            pairs = nonzero.numel() * self.windows.n_tokens * self.adapter.info.d_mlp
+            self.nonzero_ratio = float(parallel.total({"nonzero": nonzero})["nonzero"].sum()) / pairs
             self.curves = self._measure(thresholds, "CETT curves, calibration text")
         self.loss = mean_loss(self._dense, self.windows.scored)
         return [self.curves.mean_cett(self._probe.thresholds_at(guess)) for guess in guesses]
@@ -191,7 +205,8 @@ class Evaluator:
             self.windows, thresholds, f"truncated pass, CETT {cett:.4f}", on_rows=comparison.take
         )
         comparison.pool()
-        mean_loss(losses, self.windows.scored)  # NaN and infinity are refused here
+        for values in (losses, comparison.kl):
+            mean_loss(values, self.windows.scored)  # NaN and infinity are refused here
         difference = (losses - self._dense).double()
         made = Evaluation(
             cett,
@@ -212,6 +227,8 @@ class Evaluator:
         interpolation is off on the first batches, where the thresholds are measured.
         """
         cuts, head = np.array(thresholds)[:, None], self.curves.head
+        if head is not None and not self.calibration.scored[: head.n_tokens // self.calibration.window].any():
+            head = None  # windows without a scored position are no text of their own
         self.checked_tokens = (self.curves if head is None else head).n_tokens
         if head is None:
             return self._measure(cuts, "CETT at the thresholds").cett[:, 0]
@@ -226,7 +243,11 @@ class Evaluator:
 
     def _part(self) -> Windows:
         n, (least, most) = self.windows.n_windows, (math.ceil(size / self.windows.window) for size in _ROUGH_TOKENS)
-        return self.windows.take(min(n, max(least, min(most, n // 8))))
+        heard = (
+            self.windows.scored.any(dim=1).nonzero()[:, 0].tolist()
+        )  # a part without a scored position tells nothing
+        text = self.windows if len(heard) == n else self.windows._pick(heard, self.windows.name)
+        return text.take(min(text.n_windows, max(least, min(most, n // 8))))
 
     def _losses(self, windows: Windows, label: str, **hooks: Any) -> Float[Tensor, "window pos"]:
         self.passes += windows.n_tokens / self.windows.n_tokens

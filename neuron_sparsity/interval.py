@@ -31,7 +31,7 @@ __all__ = ["MIN_WINDOWS", "Estimate", "estimate"]
 
 MIN_WINDOWS = 5
 LEVEL = 0.95
-_DRAWS = 4000
+_DRAWS, _BLOCK = 4000, 100
 
 
 @dataclass(frozen=True)
@@ -122,12 +122,14 @@ def _draws(
 ) -> Float[np.ndarray, " draw"]:
     """Return the dense run's activation ratio at each draw's answer, and how the drawn windows differ in it."""
     generator, n = np.random.default_rng(seed), len(sums)
-    weight = generator.multinomial(n, np.full(n, 1 / n), size=_DRAWS).astype(np.float64)
-    shift = (weight @ sums) / np.maximum(weight @ scored, 1.0) - sums.sum() / scored.sum()
+    columns = np.stack((sums, scored, active), axis=1)
+    blocks = [generator.multinomial(n, np.full(n, 1 / n), size=_BLOCK) @ columns for _ in range(_DRAWS // _BLOCK)]
+    drawn = np.concatenate(blocks)  # memory does not grow with draws times windows
+    shift = drawn[:, 0] / np.maximum(drawn[:, 1], 1.0) - sums.sum() / scored.sum()
     shift = shift / target + root.error * generator.standard_normal(_DRAWS)
     log_u = _solved(shift, root.slope) if linear else -np.log(np.maximum(1 + shift, 1e-3)) / root.slope
     cett = np.minimum(root.cett * np.exp(log_u), 1.0)
-    return curves.activation_ratio_at(cett) + weight @ active / n
+    return curves.activation_ratio_at(cett) + drawn[:, 2] / n
 
 
 def _solved(shift: Float[np.ndarray, " draw"], slope: float) -> Float[np.ndarray, " draw"]:

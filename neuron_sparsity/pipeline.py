@@ -101,6 +101,7 @@ class Run:
         """Search several p in one, or read them: the first goes to `sparsity.json`, another to `sparsity-p<p>.json`."""
         names = ["sparsity.json", *(f"sparsity-p{p:g}.json" for p in p_percents[1:])]
         other = None if calibration is None or calibration.sha256 == self.calibration.sha256 else calibration.sha256
+        parallel.agreed("calibration text", other)
         found = [
             self._found(name, SparsityResult.from_json, partial(_answers, (p, metric, self.calibration.sha256, other)))
             for name, p in zip(names, p_percents, strict=True)

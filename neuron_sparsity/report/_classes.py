@@ -95,7 +95,8 @@ def activity(stats: NeuronStatistics, result: SparsityResult | None = None) -> A
         if np.allclose(recorded[:, column], wanted, rtol=1e-5, atol=0.0):
             return _counted(stats, column)
     frequency = array(stats.activation_frequency_at(wanted.tolist())).astype(np.float64)
-    definition = f"contribution ≥ the layer's CETT-PPL-{result.p_percent:g}% threshold (read off the histogram)"
+    name = f"CETT-{'KL' if result.metric == 'cett_kl' else 'PPL'}-{result.p_percent:g}%"
+    definition = f"contribution ≥ the layer's {name} threshold (read off the histogram)"
     return Activity(frequency, frequency <= 0, definition, exact=False)
 
 

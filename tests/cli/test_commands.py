@@ -99,6 +99,28 @@ def test_quiet_prints_nothing(measure: Callable[..., Any], tmp_path: Path) -> No
         assert (done.code, done.out, done.err) == (0, "", ""), command
 
 
+def test_several_p_have_a_file_each_and_are_told_together(
+    measure: Callable[..., Any], text_file: str, tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "run", "--p", "3", "--p", "5")
+    found = measure("sparsity", *out, "--json").json
+    files = [json.loads((tmp_path / "run" / name).read_text()) for name in ("sparsity.json", "sparsity-p5.json")]
+    assert [{"schema": 1} | one for one in found["sparsity"]] == files
+    assert [one["p_percent"] for one in files] == [3.0, 5.0]
+    said = measure("sparsity", *out).out
+    assert "CETT-PPL-3%: activation ratio" in said
+    assert "CETT-PPL-5%: activation ratio" in said
+    by_kl = measure("sparsity", "--out", tmp_path / "kl", "--metric", "kl", "--json").json
+    assert by_kl["metric"] == "cett_kl"
+    assert {one["metric"] for one in by_kl["estimates"]} <= {"cett_ppl", "cett_kl"}
+    page = tmp_path / "other.txt"
+    page.write_text(Path(text_file).read_text(encoding="utf-8")[400:], encoding="utf-8")
+    other = measure("sparsity", "--out", tmp_path / "other", "--calibration", page, "--json").json
+    assert other["calibration"]["name"] == "other.txt"
+    assert other["calibration"]["sha256"] != other["corpus"]["sha256"]
+    assert "one of ppl, kl" in measure("sparsity", "--out", tmp_path / "x", "--metric", "js").error()
+
+
 def test_json_of_each_command_is_all_of_stdout(measure: Callable[..., Any], cli: Any, tmp_path: Path) -> None:
     recorded = measure("record", "--out", tmp_path / "record", "--json")
     assert recorded.json["n_tokens"] == 192

@@ -127,3 +127,14 @@ def test_one_reference_serves_many_passes_in_any_batch_size(make_bridge: Any, wi
         token_losses(adapter, windows, on_post=halve_some, on_rows=comparison.take, batch_size=batch_size)
         found.append(comparison.kl)
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=5e-6)
+
+
+def test_a_token_that_no_model_gives_any_chance_adds_nothing() -> None:
+    """Masked logits are -inf in both models."""
+    logits = torch.tensor([[1.0, 2.0, -torch.inf], [0.5, 0.0, -torch.inf]])
+    changed = torch.tensor([[1.5, 2.0, -torch.inf], [0.5, 0.1, -torch.inf]])
+    rows = divergence.ScoredRows(torch.arange(2), None, changed, changed.logsumexp(dim=1))
+    expected = torch.nn.functional.kl_div(
+        changed[:, :2].log_softmax(1), logits[:, :2].log_softmax(1), log_target=True, reduction="none"
+    ).sum(1)
+    torch.testing.assert_close(divergence._divergence(logits, rows), expected)

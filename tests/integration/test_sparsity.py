@@ -298,8 +298,25 @@ def test_thresholds_may_come_from_other_text(llama: SimpleNamespace, own_windows
     with sparsify(llama.model, result):
         rise = float((losses_under(llama.model, windows) - dense).mean())
     assert result.ppl_increase_percent == pytest.approx(100 * math.expm1(rise), abs=0.02)
+    nonzero = float(torch.stack([(z != 0).double().mean() for z in posts_of(llama.model, windows)]).mean())
+    assert result.evaluations[0]["activation_ratio"] == pytest.approx(nonzero, abs=1e-9)
     same = cett_ppl_sparsity(llama.model, windows, p_percent=P_PERCENT, calibration=windows, tolerance_percent=1.0)
     assert same.calibration is None
+
+
+def test_windows_without_a_scored_position_are_no_obstacle(
+    llama: SimpleNamespace, own_windows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neuron_sparsity.evaluation._CHECKED_WHOLE", 100)
+    monkeypatch.setattr("neuron_sparsity.evaluation._HEAD_TOKENS", 48)
+    monkeypatch.setattr("neuron_sparsity.evaluation._ROUGH_TOKENS", (48, 48))
+    made = own_windows(llama.model, 12, window=48)
+    scored = made.scored.clone()
+    scored[[0, 1, 6]] = False
+    windows = Windows(made.tokens, scored, made.name, made.documents, made.packing, made.bos)
+    result = cett_ppl_sparsity(llama.model, windows, p_percent=P_PERCENT, tolerance_percent=1.0, batch_size=1)
+    assert result.reached
+    assert result.cett_measured_on == windows.n_tokens
 
 
 def test_a_metric_that_is_none_is_refused(llama: SimpleNamespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -162,6 +163,42 @@ def test_joined_curves_hold_all_points_in_order() -> None:
     assert joined.maximum.tolist() == [6.0]
     assert joined.n_tokens == 100
     assert joined.thresholds_at(0.3) == [2.0]
+
+
+def test_heads_are_joined_only_if_they_are_of_the_same_windows() -> None:
+    head, longer = curves([(1.0, 0.1)], maximum=5.0), replace(curves([(2.0, 0.3)], maximum=5.0), n_tokens=200)
+    whole = curves([(1.0, 0.1), (4.0, 0.8)], maximum=5.0)
+    same = replace(whole, head=head).joined(replace(whole, head=curves([(2.0, 0.3)], maximum=5.0)))
+    assert same.head is not None
+    assert same.head.cett.tolist() == [[0.1, 0.3]]
+    assert replace(whole, head=head).joined(replace(whole, head=longer)).head is None
+    assert replace(whole, head=head).joined(whole).head is None
+
+
+def test_the_end_of_the_scale_is_no_guide_to_the_slope_before_it() -> None:
+    """A power law up to CETT 0.1, and one token with a contribution ten thousand times larger: the law goes on."""
+    points = [(t, 0.01 * t**2) for t in (1.0, 2.0, 3.0)]
+    found = curves(points, maximum=3e4)
+    for t in (1.3, 2.5, 3.0, 3.1):
+        assert found.thresholds_at(0.01 * t**2)[0] == pytest.approx(t, rel=0.004)
+
+
+@pytest.mark.parametrize("cett", [0.05, 0.2, 0.35, 0.7, 1.0])
+def test_activation_ratios_are_read_off_at_one_cett_for_all_layers(cett: float) -> None:
+    """Two layers whose ratios are straight in log CETT: the mean of both lines, and nothing active at CETT 1."""
+    cetts = np.array([[0.1, 0.3, 0.6], [0.2, 0.4, 0.8]])
+    slopes = np.array([[-0.2], [-0.3]])
+    both = CettCurves(
+        threshold=cetts,
+        cett=cetts,
+        activation_ratio=slopes * np.log(cetts),
+        maximum=np.ones(2),
+        silent_tokens=np.zeros(2, dtype=np.int64),
+        n_tokens=10,
+        nonzero_ratio=np.ones(2),
+    )
+    assert float(both.activation_ratio_at(np.array(cett))) == pytest.approx(-0.25 * math.log(cett), abs=1e-12)
+    assert float(both.activation_ratio_at(np.array(1e-9))) == 1.0
 
 
 def test_every_layer_has_its_own_points() -> None:
