@@ -38,7 +38,7 @@ _ROUGH_TOKENS = (1024, 8192)  # at least, if there are as many; at most; an eigh
 _ROUGH_PASSES = 4  # for one p
 _ROUGH_STEP = 0.12  # in log(CETT): a step that small ends the rough search
 _PROBE_ROWS = 256
-_CURVE_FACTORS = (0.8, 1.0, 1.25)  # of the rough CETT: between them, interpolation errs by 0.03 % (at worst 0.2 %)
+_CURVE_FACTORS = (0.8, 1.0, 1.25)  # of the rough CETT: between them interpolation is exact enough (docs/measured.md)
 _FURTHER_FACTORS = (0.8, 1.0, 1.25)  # around a CETT that turns out to lie outside
 _CHECKED_WHOLE = 4096  # tokens: up to here a CETT is checked on all of them, beyond on the first batches
 _HEAD_TOKENS = 1024
@@ -127,6 +127,7 @@ class Evaluator:
         self._dense: Tensor
         self._reference: DenseReference
         self._probe: CettCurves
+        self._checked: CettCurves | None = None  # of the last `check`, if it measured all calibration text
 
     def rough(self, targets: Sequence[float], first: Sequence[float]) -> list[float]:
         """Return roughly the CETT at which the mean KL divergence is each target, from an eighth of the windows.
@@ -231,21 +232,22 @@ class Evaluator:
             head = None  # windows without a scored position are no text of their own
         self.checked_tokens = (self.curves if head is None else head).n_tokens
         if head is None:
-            return self._measure(cuts, "CETT at the thresholds").cett[:, 0]
+            self._checked = self._measure(cuts, "CETT at the thresholds")
+            return self._checked.cett[:, 0]
+        self._checked = None
         n_windows = head.n_tokens // self.calibration.window
         measured = self._measure(cuts, "CETT at the thresholds", n_windows).cett[:, 0]
         expected = head.cett_at(thresholds)
         return self.curves.cett_at(thresholds) * np.where(expected > 0, measured / np.maximum(expected, 1e-30), 1.0)
 
     def refine(self, thresholds: Sequence[float]) -> None:
-        """Measure the CETT of one threshold a layer on all calibration text, and take it into the curves: one pass."""
-        self.curves = self.curves.joined(self._measure(np.array(thresholds)[:, None], "CETT at the thresholds"))
+        """Take the CETT of thresholds on all calibration text into the curves: one pass, if `check` made none."""
+        there = self._checked or self._measure(np.array(thresholds)[:, None], "CETT at the thresholds")
+        self.curves, self._checked = self.curves.joined(there), None
 
     def _part(self) -> Windows:
         n, (least, most) = self.windows.n_windows, (math.ceil(size / self.windows.window) for size in _ROUGH_TOKENS)
-        heard = (
-            self.windows.scored.any(dim=1).nonzero()[:, 0].tolist()
-        )  # a part without a scored position tells nothing
+        heard = self.windows.scored.any(dim=1).nonzero()[:, 0].tolist()  # the others tell nothing
         text = self.windows if len(heard) == n else self.windows._pick(heard, self.windows.name)
         return text.take(min(text.n_windows, max(least, min(most, n // 8))))
 

@@ -25,7 +25,7 @@ from scipy import stats
 
 from neuron_sparsity.curves import CettCurves
 from neuron_sparsity.evaluation import Evaluation
-from neuron_sparsity.search import NEAR, RootEstimate
+from neuron_sparsity.search import RootEstimate, is_near
 
 __all__ = ["MIN_WINDOWS", "Estimate", "estimate"]
 
@@ -76,7 +76,6 @@ def estimate(
     *,
     metric: str,
     n_tokens: int,
-    seed: int = 0,
 ) -> Estimate:
     """Return the answer of one metric with its interval.
 
@@ -87,24 +86,19 @@ def estimate(
         curves: How the dense run's activation ratio goes with CETT.
         metric: `"ppl"` or `"kl"`.
         n_tokens: Of the text.
-        seed: Of the draws.
     """
-    near = [e for e in evaluations if e.mean(metric) > 0 and abs(math.log(e.mean(metric) / target)) < NEAR]
+    near = [e for e in evaluations if is_near(e.mean(metric), target)]
     there = float(curves.activation_ratio_at(np.array(root.cett)))
-
-    def shifted(values: Sequence[float]) -> float:
-        """Mean of activation ratios, each carried to the root along the dense run's curve."""
-        along = [there - float(curves.activation_ratio_at(np.array(e.cett))) for e in near]
-        return float(np.mean(np.array(values) + np.array(along)))
-
-    ratio = shifted([e.activation_ratio for e in near])
+    # Each pass's ratio, carried to the root along the dense run's curve.
+    carried = [e.activation_ratio + there - float(curves.activation_ratio_at(np.array(e.cett))) for e in near]
+    ratio = float(np.mean(carried))
     n_windows = len(near[0].scored)
     low = high = None
     if n_windows >= MIN_WINDOWS:
         scale = [math.exp(-root.slope * math.log(e.cett / root.cett)) for e in near]
         sums = np.mean([s * (e.rise if metric == "ppl" else e.kl) for s, e in zip(scale, near, strict=True)], axis=0)
         active = np.mean([e.window_activation - e.window_activation.mean() for e in near], axis=0)
-        ratios = _draws(sums, near[0].scored, active, root, target, curves, metric == "ppl", seed) + ratio - there
+        ratios = _draws(sums, near[0].scored, active, root, target, curves, metric == "ppl") + ratio - there
         tail = stats.norm.cdf(stats.t.ppf((1 - LEVEL) / 2, n_windows - 1) * math.sqrt(n_windows / (n_windows - 1)))
         low, high = (float(np.clip(edge, 0.0, 1.0)) for edge in np.quantile(ratios, [tail, 1 - tail]))
     return Estimate(f"cett_{metric}", root.cett, ratio, low, high, n_windows, len(near), 4 * n_tokens)
@@ -118,10 +112,9 @@ def _draws(
     target: float,
     curves: CettCurves,
     linear: bool,
-    seed: int,
 ) -> Float[np.ndarray, " draw"]:
     """Return the dense run's activation ratio at each draw's answer, and how the drawn windows differ in it."""
-    generator, n = np.random.default_rng(seed), len(sums)
+    generator, n = np.random.default_rng(0), len(sums)
     columns = np.stack((sums, scored, active), axis=1)
     blocks = [generator.multinomial(n, np.full(n, 1 / n), size=_BLOCK) @ columns for _ in range(_DRAWS // _BLOCK)]
     drawn = np.concatenate(blocks)  # memory does not grow with draws times windows

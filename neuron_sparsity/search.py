@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["RootEstimate", "at_root", "estimate_root", "next_cett", "spread"]
+__all__ = ["RootEstimate", "at_root", "estimate_root", "is_near", "next_cett", "search_name", "spread"]
 
-NEAR = 0.25  # in log(rise): points as close to the target lie on one line
+_NEAR = 0.25  # in log(rise): points as close to the target lie on one line
 _SPREAD = 0.04  # in log(CETT): how far around the root passes are made
 
 
@@ -34,6 +34,21 @@ class RootEstimate:
     error: float
     n_points: int
     slope: float
+
+
+def search_name(metric: str, p_percent: float) -> str:
+    """Return such as `CETT-KL-1%` for the metric `cett_kl`.
+
+    Example:
+        >>> search_name("cett_ppl", 0.5)
+        'CETT-PPL-0.5%'
+    """
+    return f"CETT-{metric.removeprefix('cett_').upper()}-{p_percent:g}%"
+
+
+def is_near(rise: float, target: float) -> bool:
+    """Return whether a rise is so close to the target that it lies on one line with it, in logarithms."""
+    return rise > 0 and abs(math.log(rise / target)) < _NEAR
 
 
 def spread(root: RootEstimate, points: Sequence[tuple[float, float]]) -> float:
@@ -74,7 +89,7 @@ def estimate_root(
         >>> round(root.cett, 4), round(root.error, 3), root.n_points
         (0.0998, 0.01, 3)
     """
-    near = [point for point in _by_distance(points, target) if abs(point[1] - math.log(target)) < NEAR]
+    near = [point for point in _by_distance(points, target) if is_near(math.exp(point[1]), target)]
     if not near:
         return None
     x, y = np.array(near).T
@@ -117,7 +132,7 @@ def next_cett(points: Sequence[tuple[float, float]], target: float, *, prior_slo
     if not risen:
         return min(1.0, 4 * max(e for e, _ in points))
     slope = _slope(risen, prior_slope)
-    near = [(x, y) for x, y in risen if abs(y - math.log(target)) < NEAR] or risen[:1]
+    near = [(x, y) for x, y in risen if is_near(math.exp(y), target)] or risen[:1]
     proposal = float(np.mean([x + (math.log(target) - y) / slope for x, y in near]))
     proposal = min(max(proposal, risen[0][0] - math.log(4)), risen[0][0] + math.log(4), 0.0)
     ordered = sorted((math.log(e), d >= target) for e, d in points)

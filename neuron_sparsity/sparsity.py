@@ -36,6 +36,7 @@ from neuron_sparsity.corpus import Windows
 from neuron_sparsity.evaluation import Evaluation, Evaluator
 from neuron_sparsity.interval import Estimate, estimate
 from neuron_sparsity.perplexity import Progress
+from neuron_sparsity.search import search_name
 from neuron_sparsity.store import provenance
 from neuron_sparsity.truncation import TokenActivity, apply_thresholds, sparsify, token_activity
 
@@ -141,7 +142,7 @@ class SparsityResult:
     @property
     def name(self) -> str:
         """Such as `CETT-PPL-1%`."""
-        return f"CETT-{'KL' if self.metric == 'cett_kl' else 'PPL'}-{self.p_percent:g}%"
+        return search_name(self.metric, self.p_percent)
 
     def estimate(self, metric: Metric) -> Estimate | None:
         """Return the estimate of one metric, if there is one."""

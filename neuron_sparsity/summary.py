@@ -7,6 +7,7 @@ import math
 from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.interval import Estimate
 from neuron_sparsity.laws import LawFit
+from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 
@@ -97,8 +98,8 @@ def _sparsity_lines(result: SparsityResult) -> list[str]:
 
 
 def _estimate_line(p_percent: float, found: Estimate) -> str:
-    name = f"CETT-{'KL' if found.metric == 'cett_kl' else 'PPL'}-{p_percent:g}%"
-    line = f"  {name} by all passes: activation ratio {found.activation_ratio:.3f} at CETT {found.cett:.4f}"
+    line = f"  {search_name(found.metric, p_percent)} by all passes: "
+    line += f"activation ratio {found.activation_ratio:.3f} at CETT {found.cett:.4f}"
     if found.low is None:
         return f"{line}; {found.n_windows} windows are too few for an interval"
     return (

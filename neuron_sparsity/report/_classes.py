@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_sparsity.report._text import number
+from neuron_sparsity.search import search_name
 
 if TYPE_CHECKING:
     from neuron_sparsity.recorder import NeuronStatistics
@@ -95,7 +96,7 @@ def activity(stats: NeuronStatistics, result: SparsityResult | None = None) -> A
         if np.allclose(recorded[:, column], wanted, rtol=1e-5, atol=0.0):
             return _counted(stats, column)
     frequency = array(stats.activation_frequency_at(wanted.tolist())).astype(np.float64)
-    name = f"CETT-{'KL' if result.metric == 'cett_kl' else 'PPL'}-{result.p_percent:g}%"
+    name = search_name(result.metric, result.p_percent)
     definition = f"contribution ≥ the layer's {name} threshold (read off the histogram)"
     return Activity(frequency, frequency <= 0, definition, exact=False)
 

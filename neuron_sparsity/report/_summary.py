@@ -11,6 +11,7 @@ from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report._classes import array
 from neuron_sparsity.report._fragments import card
 from neuron_sparsity.report._text import count, join, number, percent_of, replacement, signed, target, visible
+from neuron_sparsity.search import search_name
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
@@ -110,14 +111,13 @@ def _companion_line(result: SparsityResult) -> list[str]:
     other = next((found for found in result.estimates if found.metric != result.metric), None)
     if other is None:
         return []
-    name = f"CETT-{'KL' if other.metric == 'cett_kl' else 'PPL'}-{result.p_percent:g}%"
     by = "by KL divergence from the dense model" if other.metric == "cett_kl" else "by perplexity"
     ends = "" if other.low is None else f" ({number(other.low)} to {number(other.high)})"
-    return [f"{name}, {by}: {number(other.activation_ratio)}{ends}."]
+    return [f"{search_name(other.metric, result.p_percent)}, {by}: {number(other.activation_ratio)}{ends}."]
 
 
 def _sparsity_card(result: SparsityResult) -> Markup:
-    label = f"Activation ratio at CETT-{'KL' if result.metric == 'cett_kl' else 'PPL'}-{result.p_percent:g}%"
+    label = f"Activation ratio at {search_name(result.metric, result.p_percent)}"
     definition = "Active: contribution at or above the layer's threshold; mean over layers."
     on = _measured_on(result.model, result.corpus, definition)
     rise = signed(result.ppl_increase_percent)

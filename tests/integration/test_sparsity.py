@@ -304,6 +304,22 @@ def test_thresholds_may_come_from_other_text(llama: SimpleNamespace, own_windows
     assert same.calibration is None
 
 
+def test_what_a_check_has_measured_is_not_measured_again(
+    llama: SimpleNamespace, own_windows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("neuron_sparsity.cett_search._CETT_TOLERANCE", 0.0)
+    begun: list[str] = []
+    windows = own_windows(llama.model, 16, window=48)
+    cett_ppl_sparsity(
+        llama.model,
+        windows,
+        p_percent=P_PERCENT,
+        tolerance_percent=1.0,
+        progress=lambda label, done, total: begun.append(label) if done == 0 else None,
+    )
+    assert begun.count("CETT at the thresholds") == 2  # before and after thresholds were interpolated anew
+
+
 def test_windows_without_a_scored_position_are_no_obstacle(
     llama: SimpleNamespace, own_windows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
