@@ -5,7 +5,8 @@ that has no weights: each layer's post-activations are random numbers. By defaul
 14,336. Every number of tokens has a process of its own; what counts is the largest resident memory while `record` runs,
 less the memory before it, as the command line sets the process up (it keeps freed memory; `--default-malloc` does not).
 
-With `--model NAME`, the real model: the largest resident memory of `record` above the loaded model.
+With `--model NAME`, the real model: the largest resident memory of `record` above the loaded model. With `--search` as
+well, that of the CETT-PPL-1% search instead: the bar is 600 MB, flat from 2,048 to 65,536 tokens.
 """
 
 from __future__ import annotations
@@ -78,14 +79,17 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(adapter: MLPAdapter, windows: Windows, batch_size: int | None) -> dict[str, float]:
-    """Record, in this process, and return the largest memory above what it was before."""
+def measure(adapter: MLPAdapter, windows: Windows, batch_size: int | None, *, search: bool = False) -> dict[str, float]:
+    """Record, or search, in this process, and return the largest memory above what it was before."""
     record_small(windows.window)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         forget_peak()
         before = memory("VmRSS")
-        ns.record(adapter, windows, folder=folder, batch_size=batch_size, checkpoint_seconds=5.0)
+        if search:
+            ns.cett_ppl_sparsity(adapter, windows, batch_size=batch_size)
+        else:
+            ns.record(adapter, windows, folder=folder, batch_size=batch_size, checkpoint_seconds=5.0)
         peak = memory("VmHWM") - before
     return {"peak": peak, "seconds": time.perf_counter() - start}
 
@@ -114,6 +118,7 @@ def options() -> argparse.ArgumentParser:
     made.add_argument("--n-ctx", type=int, default=512)
     made.add_argument("--batch-size", type=int, default=2)
     made.add_argument("--model", help="a real model instead, on the built-in text")
+    made.add_argument("--search", action="store_true", help="of CETT-PPL-1%%, instead of a recording; needs --model")
     made.add_argument("--default-malloc", action="store_true")
     made.add_argument("--save", action="store_true", help="append the rows to benchmarks/results")
     made.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
@@ -121,29 +126,34 @@ def options() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    given = options().parse_args()
+    parser = options()
+    given = parser.parse_args()
+    if given.search and not given.model:
+        parser.error("--search needs --model: a stack without weights has no perplexity")
     if given.child:
         if not given.default_malloc:
             keep_freed_memory()
         print(json.dumps(child(given)))
         return
     for n_tokens in given.tokens:
-        flags = ["--default-malloc"] * given.default_malloc
+        flags = ["--default-malloc"] * given.default_malloc + ["--search"] * given.search
         shape = ["--layers", given.layers, "--width", given.width, "--n-ctx", given.n_ctx]
         shape += ["--batch-size", given.batch_size, *(["--model", given.model] if given.model else [])]
         found = in_fresh_process(*shape, "--tokens", n_tokens, *flags)
-        expected = predicted(given, n_tokens)
         row = {"shape": given.model or f"{given.layers} x {given.width}", "n_tokens": n_tokens, "n_ctx": given.n_ctx}
-        row |= {"batch_size": given.batch_size, "peak_MB": found["peak"] / 1e6, "plan_MB": expected / 1e6}
-        row |= {"measured_over_plan": found["peak"] / expected, "seconds": found["seconds"]}
-        write_row("memory", row, save=given.save)
+        row |= {"batch_size": given.batch_size, "peak_MB": found["peak"] / 1e6}
+        if not given.search:
+            expected = predicted(given, n_tokens)
+            row |= {"plan_MB": expected / 1e6, "measured_over_plan": found["peak"] / expected}
+        row |= {"seconds": found["seconds"]}
+        write_row("memory_search" if given.search else "memory", row, save=given.save)
 
 
 def child(given: argparse.Namespace) -> dict[str, float]:
     if given.model:
         load_options = argparse.Namespace(model=given.model, text="sotu", tokens=given.tokens[0])
         adapter, windows = load(load_options)
-        return measure(adapter, windows, given.batch_size)
+        return measure(adapter, windows, given.batch_size, search=given.search)
     windows = synthetic_windows(given.tokens[0], given.n_ctx)
     return measure(SyntheticStack(given.layers, given.width), windows, given.batch_size)
 

@@ -7,7 +7,8 @@ the thresholds of its published code), written anew here: 20 steps of bisection 
 every layer a binary search over 65,536 thresholds, evenly spaced up to the 99th percentile of the contributions, with a
 clone of the activations and a matrix product a probe; then a truncated pass. Both run on the same model object, the
 package's fast forward, so that only the algorithms differ. With fewer steps the cost of 20 is in proportion (each step
-does the same work), and the answer is as far as the bisection has come.
+does the same work), and the answer is as far as the bisection has come. `--paper-skip 4` leaves out the first four, if
+the tool's own answer says beyond doubt how they end.
 
 With `--exhaustive`, it is put to a search without shortcuts: the CETT of 24 thresholds a layer, 3 % apart, measured on
 every token; full truncated passes, thresholds read off that grid: four steps of bisection in CETT, then eight passes
@@ -44,6 +45,7 @@ def main() -> None:
     options.add_argument("--p", type=float, nargs="+", default=[1.0])
     options.add_argument("--metric", choices=("ppl", "kl"), default="ppl")
     options.add_argument("--paper", type=int, default=0, metavar="STEPS", help="20 are the whole algorithm")
+    options.add_argument("--paper-skip", type=int, default=0, metavar="STEPS", help="leave these out of the 20")
     options.add_argument("--exhaustive", action="store_true")
     options.add_argument("--jitter", action="store_true")
     given = options.parse_args()
@@ -80,7 +82,7 @@ def main() -> None:
         }
     row |= plain_pass(adapter, windows, 1)
     if given.paper:
-        row |= paper(adapter, windows, given.p[0], given.paper)
+        row |= paper(adapter, windows, result, given.paper, given.paper_skip)
         row["speed_up"] = row["paper_F"] / row["search_F_median"]
     if given.exhaustive:
         row |= exhaustive(adapter, windows, given.p[0], result)
@@ -90,16 +92,34 @@ def main() -> None:
         write_row("search_jitter", jitter(adapter, windows, result), save=given.save)
 
 
-def paper(adapter: MLPAdapter, windows: Windows, p: float, steps: int) -> dict[str, float]:
+def paper(adapter: MLPAdapter, windows: Windows, result: ns.SparsityResult, steps: int, skip: int) -> dict[str, float]:
     """Some steps of the paper's algorithm: cost in F, of all 20 in proportion (each does the same), and where it is."""
     answers: list[dict[str, float]] = []
-    ratios = against_dense_pass(adapter, windows, lambda: answers.append(bisection(adapter, windows, p, steps)), 1)
-    return {"paper_steps_run": steps, "paper_F": ratios[0] * PAPER_STEPS / steps} | answers[0]
+    bracket = skipped(result.cett, skip)
+
+    def work() -> None:
+        answers.append(bisection(adapter, windows, result.p_percent, steps, bracket))
+
+    ratios = against_dense_pass(adapter, windows, work, 1)
+    return {"paper_steps_run": steps, "paper_skipped": skip, "paper_F": ratios[0] * PAPER_STEPS / steps} | answers[0]
 
 
-def bisection(adapter: MLPAdapter, windows: Windows, p: float, steps: int) -> dict[str, float]:
+def skipped(cett: float, steps: int) -> tuple[float, float]:
+    """Where bisection of [0, 1] stands after some steps, if it ends at `cett`."""
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (low, middle) if cett < middle else (middle, high)
+    if steps and not low + 0.2 * (high - low) < cett < high - 0.2 * (high - low):
+        raise ValueError(f"{steps} steps end at {low:g} to {high:g}, too close to {cett:g} to be left out; skip fewer")
+    return low, high
+
+
+def bisection(
+    adapter: MLPAdapter, windows: Windows, p: float, steps: int, bracket: tuple[float, float]
+) -> dict[str, float]:
     """Bisection in CETT: what is dense is run dense again in every step, on all windows in one batch."""
-    low, high, target = 0.0, 1.0, math.log1p(p / 100)
+    (low, high), target = bracket, math.log1p(p / 100)
     dense = mean_loss(token_losses(adapter, windows), windows.scored)
     rise, ratio, cett = math.nan, math.nan, math.nan
     for _ in range(steps):

@@ -1,8 +1,9 @@
 """Truncated passes, one after the other, until one of them stands for p.
 
 A pass is made at a first guess, then where the line through all passes in (log CETT, log rise) puts p. It is over when
-a pass lies within the tolerance of p and close to that place, and the place rests on two passes at least. See
-`search` for the line, `evaluation` for the passes.
+a pass lies within the tolerance of p and close to that place, and the place rests on two passes at least (on one, where
+a pass jitters by less than a third of the tolerance). Of several p, the passes of one place the first pass of the next.
+See `search` for the line, `evaluation` for the passes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Float
 from neuron_sparsity.evaluation import KL_SLOPE, Evaluation, Evaluator
 from neuron_sparsity.search import RootEstimate, at_root, estimate_root, next_cett, spread
 
-__all__ = ["METRICS", "CettSearch", "Goal", "Metric"]
+__all__ = ["METRICS", "CettSearch", "Goal", "Metric", "carried"]
 
 Metric = Literal["ppl", "kl"]
 METRICS: tuple[Metric, ...] = ("ppl", "kl")
@@ -31,6 +32,7 @@ _SLOPES = {"ppl": 2.5, "kl": KL_SLOPE}  # of log(rise) over log(CETT), measured 
 _ROOT_ERROR = 0.6  # standard error of the root that ends the search, in tolerances
 _AT_ROOT = 0.012  # in log(CETT), 0.002 of activation ratio: a pass that close to the root stands for it
 _ON_ROOT = 0.005  # so close to it, a second pass would share the jitter of the first
+_ONE_PASS = 1 / 3  # of the tolerance: where a pass jitters less, one pass stands for itself
 _CETT_TOLERANCE = 0.004  # of each layer's CETT against the common one, relative
 
 
@@ -55,13 +57,39 @@ class Goal:
         """Wanted rise of the mean loss, or mean KL divergence, in nats."""
         return math.log1p(self.p_percent / 100)
 
+    @property
+    def fewest(self) -> int:
+        """Passes that the answer must rest on: two, where jitter may bring a pass within the tolerance by luck."""
+        return 1 if self.jitter(self.metric) * self.p_percent <= _ONE_PASS * self.tolerance else 2
+
+    def jitter(self, metric: Metric) -> float:
+        """Standard deviation of log(rise) that is expected of one pass near p."""
+        of_rise = _JITTER * min(1.0, 1 / self.p_percent) * math.sqrt(4096 / max(1, self.n_scored))
+        return of_rise * (_KL_JITTER if metric == "kl" else 1.0)
+
     def root(self, evaluations: Sequence[Evaluation], metric: Metric | None = None) -> RootEstimate | None:
         """Return where all passes put p by a metric; the goal's own if None."""
         metric = metric or self.metric
-        jitter = _JITTER * min(1.0, 1 / self.p_percent) * math.sqrt(4096 / max(1, self.n_scored))
         points = [(e.cett, e.mean(metric)) for e in evaluations]
-        jitter *= _KL_JITTER if metric == "kl" else 1.0
-        return estimate_root(points, self.target, jitter=jitter, prior_slope=_SLOPES[metric])
+        return estimate_root(points, self.target, jitter=self.jitter(metric), prior_slope=_SLOPES[metric])
+
+
+def carried(guess: float, found: Sequence[tuple[float, float]]) -> float:
+    """Return where a further p is to be looked for first, from those that are found.
+
+    A few windows put the answers at guesses; all windows put them elsewhere, in log(CETT) by shifts that are alike, and
+    not so alike that one alone would tell the next (docs/measured.md): their mean is carried over.
+
+    Args:
+        guess: CETT at which a few windows put the further p.
+        found: (guess, answer) of the others.
+
+    Example:
+        >>> round(carried(0.2, [(0.1, 0.09)]), 4), carried(0.2, [])
+        (0.18, 0.2)
+    """
+    shift = [math.log(answer / start) for start, answer in found]
+    return min(1.0, guess * math.exp(sum(shift) / max(1, len(shift))))
 
 
 class CettSearch:
@@ -75,33 +103,41 @@ class CettSearch:
     def __init__(self, evaluator: Evaluator, goal: Goal) -> None:
         self.evaluator, self.goal = evaluator, goal
 
-    def run(self, guess: float) -> tuple[Evaluation, Float[np.ndarray, " layer"]]:
-        """Return the chosen pass, and each layer's CETT at its thresholds."""
-        self._approach(guess)
-        best = self._best()
-        for attempt in (0, 1):
-            cett = self.evaluator.check(best.thresholds)
-            off = np.abs(cett / best.cett - 1)[self.evaluator.curves.maximum > 0]
-            if attempt == 1 or best.cett >= 1.0 or not off.size or off.max() <= _CETT_TOLERANCE:
-                break
-            self.evaluator.refine(best.thresholds)
-            best = self.evaluator.truncate(best.cett)
-        return best, cett
-
-    def _approach(self, cett: float) -> None:
-        extended = 0
+    def approach(self, guess: float) -> Evaluation:
+        """Make passes until one of them stands for p, and return it."""
+        cett, extended = guess, 0
         for _ in range(_MAX_PASSES):
+            if self._settled():  # passes for another p may do
+                break
             if cett < 1.0 and extended < 2 and not self.evaluator.curves.covers(cett):
                 self.evaluator.extend(cett)
                 extended += 1
             made = self.evaluator.truncate(cett)
-            if self._settled() or (cett >= 1.0 and self.value(made) < self.goal.p_percent):
+            if cett >= 1.0 and self.value(made) < self.goal.p_percent:
                 break
             cett = self._next()
             if cett < _MIN_CETT:
                 break
         if not self.reached() and all(e.cett < 1 for e in self.evaluator.evaluations):
             self.evaluator.truncate(1.0)  # "not reached" is said of CETT 1 only
+        return self._best()
+
+    def checked(
+        self, best: Evaluation, cett: Float[np.ndarray, " layer"]
+    ) -> tuple[Evaluation, Float[np.ndarray, " layer"]]:
+        """Return a pass whose layers have the CETT that was asked for, and that CETT of each layer.
+
+        Args:
+            best: What `approach` returned.
+            cett: What `Evaluator.check` said of its thresholds.
+        """
+        off = np.abs(cett / best.cett - 1)[self.evaluator.curves.maximum > 0]
+        if best.cett >= 1.0 or not off.size or off.max() <= _CETT_TOLERANCE:
+            return best, cett
+        self.evaluator.refine(best.thresholds)
+        best = self.evaluator.truncate(best.cett)
+        (cett,) = self.evaluator.check(best.thresholds)
+        return best, cett
 
     def _next(self) -> float:
         root = self.goal.root(self.evaluator.evaluations)
@@ -112,9 +148,9 @@ class CettSearch:
         return spread(root, points) if on_it else at_root(root, points)
 
     def _settled(self) -> bool:
-        """Whether a pass is within the tolerance, and close to where all of them, two at least, put p."""
+        """Whether a pass is within the tolerance, and close to where all of them, as many as needed, put p."""
         root = self.goal.root(self.evaluator.evaluations)
-        if root is None or root.n_points < 2 or not self._stands(root):
+        if root is None or root.n_points < self.goal.fewest or not self._stands(root):
             return False
         return root.error * self.goal.p_percent <= _ROOT_ERROR * self.goal.tolerance
 

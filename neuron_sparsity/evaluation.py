@@ -39,6 +39,7 @@ _ROUGH_PASSES = 4  # for one p
 _ROUGH_STEP = 0.12  # in log(CETT): a step that small ends the rough search
 _PROBE_ROWS = 256
 _CURVE_FACTORS = (0.8, 1.0, 1.25)  # of the rough CETT: between them interpolation is exact enough (docs/measured.md)
+_CURVE_FACTORS_NEXT = (0.88, 1.14)  # of the rough CETT of a further p: passes at the first one place it closely
 _FURTHER_FACTORS = (0.8, 1.0, 1.25)  # around a CETT that turns out to lie outside
 _CHECKED_WHOLE = 4096  # tokens: up to here a CETT is checked on all of them, beyond on the first batches
 _HEAD_TOKENS = 1024
@@ -127,7 +128,8 @@ class Evaluator:
         self._dense: Tensor
         self._reference: DenseReference
         self._probe: CettCurves
-        self._checked: CettCurves | None = None  # of the last `check`, if it measured all calibration text
+        self._checked: tuple[list[list[float]], CettCurves] | None = None  # of the last `check`, if on all text
+        self._refined: list[list[float]] = []  # thresholds that `refine` has taken into the curves
 
     def rough(self, targets: Sequence[float], first: Sequence[float]) -> list[float]:
         """Return roughly the CETT at which the mean KL divergence is each target, from an eighth of the windows.
@@ -162,8 +164,13 @@ class Evaluator:
         return cett
 
     def dense(self, guesses: Sequence[float]) -> list[float]:
-        """Run the dense pass, with CETT curves around rough CETTs; return the exact curves' word for each of them."""
-        wanted = sorted(min(0.95, guess * factor) for guess in guesses for factor in _CURVE_FACTORS)
+        """Run the dense pass, with CETT curves around rough CETTs; return the exact curves' word for each of them.
+
+        Args:
+            guesses: Ascending.
+        """
+        factors = [_CURVE_FACTORS, *[_CURVE_FACTORS_NEXT] * (len(guesses) - 1)]
+        wanted = sorted(min(0.95, g * factor) for g, some in zip(guesses, factors, strict=True) for factor in some)
         apart: list[float] = []
         for cett in wanted:
             if not apart or cett > 1.03 * apart[-1]:
@@ -221,29 +228,43 @@ class Evaluator:
         self.evaluations.append(made)
         return made
 
-    def check(self, thresholds: Sequence[float]) -> Float[np.ndarray, " layer"]:
-        """Return each layer's CETT at a threshold of its own: measured, on all calibration text if it is short.
+    def check(self, *thresholds: Sequence[float]) -> list[Float[np.ndarray, " layer"]]:
+        """Return each layer's CETT at some thresholds, one pass for all: on all calibration text if it is short.
 
         On longer text the exact curves are interpolated, and the result is corrected, layer by layer, by how far
         interpolation is off on the first batches, where the thresholds are measured.
         """
-        cuts, head = np.array(thresholds)[:, None], self.curves.head
+        cuts, head = np.array(thresholds).T, self.curves.head
+        order = np.argsort(cuts, axis=1, kind="stable")
+        back = np.argsort(order, axis=1, kind="stable")
+        cuts = np.take_along_axis(cuts, order, axis=1)
         if head is not None and not self.calibration.scored[: head.n_tokens // self.calibration.window].any():
             head = None  # windows without a scored position are no text of their own
         self.checked_tokens = (self.curves if head is None else head).n_tokens
         if head is None:
-            self._checked = self._measure(cuts, "CETT at the thresholds")
-            return self._checked.cett[:, 0]
+            measured = self._measure(cuts, "CETT at the thresholds")
+            self._checked = ([list(some) for some in thresholds], measured)
+            return list(np.take_along_axis(measured.cett, back, axis=1).T)
         self._checked = None
         n_windows = head.n_tokens // self.calibration.window
-        measured = self._measure(cuts, "CETT at the thresholds", n_windows).cett[:, 0]
-        expected = head.cett_at(thresholds)
-        return self.curves.cett_at(thresholds) * np.where(expected > 0, measured / np.maximum(expected, 1e-30), 1.0)
+        of_head = self._measure(cuts, "CETT at the thresholds", n_windows).cett
+        found = []
+        for some, cett in zip(thresholds, np.take_along_axis(of_head, back, axis=1).T, strict=True):
+            expected = head.cett_at(some)
+            correction = np.where(expected > 0, cett / np.maximum(expected, 1e-30), 1.0)
+            found.append(self.curves.cett_at(some) * correction)
+        return found
 
     def refine(self, thresholds: Sequence[float]) -> None:
         """Take the CETT of thresholds on all calibration text into the curves: one pass, if `check` made none."""
-        there = self._checked or self._measure(np.array(thresholds)[:, None], "CETT at the thresholds")
+        wanted = list(thresholds)
+        if wanted in self._refined:
+            return
+        points, there = self._checked or ([], None)
+        if there is None or wanted not in points:
+            points, there = [wanted], self._measure(np.array(wanted)[:, None], "CETT at the thresholds")
         self.curves, self._checked = self.curves.joined(there), None
+        self._refined += points
 
     def _part(self) -> Windows:
         n, (least, most) = self.windows.n_windows, (math.ceil(size / self.windows.window) for size in _ROUGH_TOKENS)

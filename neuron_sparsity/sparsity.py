@@ -31,7 +31,7 @@ from jaxtyping import Float
 
 from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import ModelInfo, attach
-from neuron_sparsity.cett_search import METRICS, CettSearch, Goal, Metric
+from neuron_sparsity.cett_search import METRICS, CettSearch, Goal, Metric, carried
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.evaluation import Evaluation, Evaluator
 from neuron_sparsity.interval import Estimate, estimate
@@ -276,10 +276,20 @@ def cett_ppl_sparsities(
     goals = [Goal(p, metric, tolerance_percent or _tolerance(p), windows.n_scored) for p in sorted(set(p_percents))]
     first = [min(0.9, _FIRST_CETT * math.sqrt(goal.p_percent)) for goal in goals]
     guesses = evaluator.dense(evaluator.rough([goal.target for goal in goals], first))
-    searches = {goal.p_percent: CettSearch(evaluator, goal) for goal in goals}
-    answers = {p: search.run(guess) for (p, search), guess in zip(searches.items(), guesses, strict=True)}
+    searches = [CettSearch(evaluator, goal) for goal in goals]
+    best: list[Evaluation] = []
+    placed: list[tuple[float, float]] = []
+    for search, guess in zip(searches, guesses, strict=True):
+        best.append(search.approach(carried(guess, placed)))
+        root = search.goal.root(evaluator.evaluations)
+        placed += [(guess, root.cett)] if root else []
+    cett = evaluator.check(*[made.thresholds for made in best])
+    answers = {
+        search.goal.p_percent: (search, *search.checked(made, there))
+        for search, made, there in zip(searches, best, cett, strict=True)
+    }
     seconds = time.perf_counter() - start
-    return tuple(_result(searches[p], *answers[p], seconds) for p in p_percents)
+    return tuple(_result(*answers[p], seconds) for p in p_percents)
 
 
 def _tolerance(p_percent: float) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neuron_sparsity.cett_search import CettSearch, Goal
+from neuron_sparsity.cett_search import CettSearch, Goal, carried
 from neuron_sparsity.evaluation import Evaluation
 
 N_SCORED = 8192
@@ -40,8 +40,8 @@ class FakeEvaluator:
         self.extended.append(cett)
         self.covered = (min(self.covered[0], 0.8 * cett), max(self.covered[1], 1.25 * cett))
 
-    def check(self, thresholds: list[float]) -> np.ndarray:
-        return np.array(thresholds * 2) * (1 + (0.0 if self.refined else self.off))
+    def check(self, *thresholds: list[float]) -> list[np.ndarray]:
+        return [np.array(some * 2) * (1 + (0.0 if self.refined else self.off)) for some in thresholds]
 
     def refine(self, thresholds: list[float]) -> None:
         self.refined += 1
@@ -57,7 +57,8 @@ def run(
 ) -> tuple[CettSearch, Evaluation]:
     goal = Goal(p, metric, 0.05 * p, N_SCORED)  # type: ignore[arg-type]
     search = CettSearch(evaluator, goal)  # type: ignore[arg-type]
-    best, _ = search.run(guess)
+    best = search.approach(guess)
+    best, _ = search.checked(best, *evaluator.check(best.thresholds))
     return search, best
 
 
@@ -152,3 +153,41 @@ def test_thresholds_that_miss_their_cett_are_interpolated_anew_and_evaluated_aga
     exact = FakeEvaluator(power_law(0.045, 2.4), power_law(0.05, 2.1), off=0.003)
     run(exact, 0.045)
     assert exact.refined == 0
+
+
+def test_one_pass_is_enough_where_jitter_is_small_against_the_tolerance() -> None:
+    target = math.log1p(0.05)
+    evaluator = FakeEvaluator(power_law(0.1, 2.3, target), power_law(0.1, 2.1, target))
+    goal = Goal(5.0, "ppl", 0.1, N_SCORED)
+    assert (goal.fewest, Goal(1.0, "ppl", 0.05, N_SCORED).fewest) == (1, 2)
+    search = CettSearch(evaluator, goal)  # type: ignore[arg-type]
+    assert search.approach(0.1005).cett == 0.1005
+    assert len(evaluator.evaluations) == 1
+    off = FakeEvaluator(power_law(0.1, 2.3, target), power_law(0.1, 2.1, target))
+    CettSearch(off, goal).approach(0.103)  # type: ignore[arg-type]
+    assert len(off.evaluations) == 2
+
+
+@pytest.mark.parametrize(("more", "excess"), [(1.0, 0.0), (0.92, 0.3), (1.1, -0.2), (1.05, 0.1)])
+def test_passes_at_one_p_place_the_first_pass_of_the_next(more: float, excess: float) -> None:
+    """A few windows put the KL divergence off by a factor, and the rise lies above it."""
+
+    def rise(cett: float) -> float:
+        return 0.01 * (more * (cett / 0.049) ** 2.1 + excess * (cett / 0.049) ** 1.7)
+
+    evaluator = FakeEvaluator(rise, power_law(0.049, 2.1))
+    found: list[tuple[float, float]] = []
+    for p in (1.0, 5.0, 10.0):
+        guess = 0.049 * (math.log1p(p / 100) / 0.01) ** (1 / 2.1)
+        search = CettSearch(evaluator, Goal(p, "ppl", max(0.05, 0.02 * p), N_SCORED))  # type: ignore[arg-type]
+        best = search.approach(carried(guess, found))
+        assert best.percent("ppl") == pytest.approx(p, abs=search.goal.tolerance)
+        root = search.goal.root(evaluator.evaluations)
+        assert root is not None
+        found.append((guess, root.cett))
+    assert len(evaluator.evaluations) <= 7  # two for each, or three for the first
+
+
+def test_the_mean_shift_is_carried_over() -> None:
+    assert carried(0.2, [(0.1, 0.11), (0.15, 0.15)]) == pytest.approx(0.2 * 1.1**0.5)
+    assert carried(0.9, [(0.1, 0.2)]) == 1.0
