@@ -17,14 +17,16 @@ bisection alone ends anywhere within a percent or two of CETT; the exhaustive an
 log(rise) over log(CETT) through its passes near p, and has a standard error. The tool's answer, its thresholds' CETT
 recomputed in float64 by code of its own, and the paper's answer stand beside it.
 
-With `--jitter`, how the rise scatters around the tool's answer, in percent of it: of six passes within 0.1 % of CETT of
-each other, and of twelve passes a percent apart around their line; and how far the close ones lie off that line.
+With `--jitter`, how the rise and the KL divergence scatter around the tool's answer, in percent of it: of six passes
+within 0.1 % of CETT of each other, and of twelve passes a percent apart around their line; how far the close ones lie
+off that line; and the standard deviation of both over tokens, in nats.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from benchmarks.harness import against_dense_pass, load, parser, plain_pass, wri
 from neuron_sparsity.adapter import MLPAdapter
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.curves import CurveRecorder
+from neuron_sparsity.divergence import DenseReference
 from neuron_sparsity.perplexity import mean_loss, token_losses
 from neuron_sparsity.truncation import truncated_losses
 
@@ -156,14 +159,22 @@ def searched_threshold(z: torch.Tensor, w_norm: torch.Tensor, w_out: torch.Tenso
     return float(thresholds[max(0, left - 1)])
 
 
-Point = tuple[float, float, float]
-"""log(CETT), log(rise) and activation ratio of one truncated pass."""
+class Point(NamedTuple):
+    """What a truncated pass showed."""
+
+    log_cett: float
+    log_rise: float
+    log_kl: float
+    activation_ratio: float
+    rise_token_sd: float
+    kl_token_sd: float
 
 
 def measurer(adapter: MLPAdapter, windows: Windows, result: ns.SparsityResult) -> Callable[[float], Point]:
     """A function that makes a truncated pass at a CETT, thresholds from a fine grid measured on every token."""
     recorder = CurveRecorder(adapter, np.outer(result.thresholds, 1.03 ** np.arange(-12, 12)))
-    dense = token_losses(adapter, windows, on_post=recorder.on_post)
+    reference = DenseReference(adapter, windows)
+    dense = token_losses(adapter, windows, on_post=recorder.on_post, on_rows=reference.remember)
     grid = recorder.curves()
 
     def measure(cett: float) -> Point:
@@ -171,28 +182,36 @@ def measurer(adapter: MLPAdapter, windows: Windows, result: ns.SparsityResult) -
             float(np.exp(np.interp(math.log(cett), np.log(grid.cett[i]), np.log(grid.threshold[i]))))
             for i in range(len(grid.cett))
         ]
-        losses, truncation = truncated_losses(adapter, windows, cuts)
-        rise = mean_loss((losses - dense).double(), windows.scored)
-        ratio = truncation.activation_ratio
+        comparison = reference.comparison()
+        losses, truncation = truncated_losses(adapter, windows, cuts, on_rows=comparison.take)
+        difference, kl = (losses - dense).double(), comparison.kl
+        rise, ratio = mean_loss(difference, windows.scored), truncation.activation_ratio
         print(f"  pass: CETT {cett:.5f} rise {100 * math.expm1(rise):.4f} % ratio {ratio:.5f}", flush=True)
-        return math.log(cett), math.log(rise), ratio
+        sds = [float(values[windows.scored].std()) for values in (difference, kl)]
+        return Point(math.log(cett), math.log(rise), math.log(mean_loss(kl, windows.scored)), ratio, *sds)
 
     return measure
 
 
 def jitter(adapter: MLPAdapter, windows: Windows, result: ns.SparsityResult) -> dict[str, float]:
-    """Scatter of the rise in passes close to each other, and in passes a percent apart."""
+    """Scatter of rise and KL divergence in passes close to each other, and in passes a percent apart."""
     measure = measurer(adapter, windows, result)
-    apart = np.array([measure(result.cett * math.exp(step))[:2] for step in np.linspace(-0.055, 0.055, 12)])
-    close = np.array([measure(result.cett * math.exp(step))[:2] for step in np.linspace(-0.0005, 0.0005, 6)])
-    slope, offset = np.polyfit(*apart.T, 1)
-    off = [points[:, 1] - slope * points[:, 0] - offset for points in (apart, close)]
-    return {
-        "slope": slope,
-        "apart_percent": 100 * math.sqrt(float(off[0] @ off[0]) / (len(apart) - 2)),
-        "close_percent": 100 * float(off[1].std(ddof=1)),
-        "close_off_line_percent": 100 * float(off[1].mean()),
-    }
+    apart = [measure(result.cett * math.exp(step)) for step in np.linspace(-0.055, 0.055, 12)]
+    close = [measure(result.cett * math.exp(step)) for step in np.linspace(-0.0005, 0.0005, 6)]
+    row = {}
+    for name in ("rise", "kl"):
+        x, y = np.array([(point.log_cett, getattr(point, f"log_{name}")) for point in apart]).T
+        slope, offset = np.polyfit(x, y, 1)
+        near = np.array([getattr(point, f"log_{name}") - slope * point.log_cett - offset for point in close])
+        scatter = y - slope * x - offset
+        row |= {
+            f"{name}_slope": slope,
+            f"{name}_apart_percent": 100 * math.sqrt(float(scatter @ scatter) / (len(apart) - 2)),
+            f"{name}_close_percent": 100 * float(near.std(ddof=1)),
+            f"{name}_close_off_line_percent": 100 * float(near.mean()),
+            f"{name}_token_sd": float(np.mean([getattr(point, f"{name}_token_sd") for point in close])),
+        }
+    return row
 
 
 def exhaustive(adapter: MLPAdapter, windows: Windows, p: float, result: ns.SparsityResult) -> dict[str, float]:
@@ -203,14 +222,15 @@ def exhaustive(adapter: MLPAdapter, windows: Windows, p: float, result: ns.Spars
 
     def measure(cett: float) -> float:
         points.append(pass_at(cett))
-        return math.exp(points[-1][1])
+        return math.exp(points[-1].log_rise)
 
     for _ in range(4):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if measure(middle) < target else (low, middle)
     for step in np.linspace(-0.04, 0.04, 8):
         measure(math.sqrt(low * high) * math.exp(step))
-    x, y, ratios = np.array([point for point in points if abs(point[0] - math.log(low * high) / 2) < 0.09]).T
+    near = [point for point in points if abs(point.log_cett - math.log(low * high) / 2) < 0.09]
+    x, y, ratios = np.array([(point.log_cett, point.log_rise, point.activation_ratio) for point in near]).T
     slope, offset = np.polyfit(x, y, 1)
     at = (math.log(target) - offset) / slope
     ratio_slope, ratio_offset = np.polyfit(x, ratios, 1)
