@@ -163,11 +163,11 @@ class DownstreamResult:
 
 def evaluate(
     model: Any,
+    tokenizer: Any,
     tasks: str | Sequence[str] = BUILT_IN_TASKS,
     *,
     results: Sequence[Any] | Mapping[str, Any] = (),
     means: Float[Tensor, "layer neuron"] | None = None,
-    tokenizer: Any = None,
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 16,
@@ -177,13 +177,14 @@ def evaluate(
     """Return lm-eval's scores of a model as it is and in each changed form, compared item by item.
 
     Args:
-        model: Causal language model of transformers with its `tokenizer`, or a TransformerBridge as it was loaded.
+        model: Causal language model of transformers, or a TransformerBridge as it was loaded.
+        tokenizer: As transformers loads it. A bridge's own is not taken: TransformerLens may have made it put BOS first,
+            and scores would not be those of lm-eval alone.
         tasks: Names that lm-eval knows (`piqa`, `hellaswag`, ...: their data come from the hub), `everyday_choices`
             (needs no hub), or paths of task files (.yaml) of your own.
         results: Each a SparsityResult, an AblationResult, or `f(hf_model)` that returns a context. A mapping gives
             them names. All are applied to the dense model, not to each other.
         means: Mean post-activations (`NeuronStatistics.mean_activation`), for an AblationResult of mean replacement.
-        tokenizer: Of a transformers model; a bridge has its own.
         limit: Only the first so many items of each task.
         num_fewshot: Solved examples before each question; None takes each task's own number.
         batch_size: Sequences a forward pass.
@@ -195,7 +196,7 @@ def evaluate(
 
     Raises:
         ImportError: If lm-eval is not installed.
-        TypeError: If `model` is no model, has no tokenizer, or a result is none of the three.
+        TypeError: If `model` is no model, `tokenizer` no tokenizer, or a result none of the three.
         ValueError: If lm-eval does not know a task, a result is of other weights, two have one name, or sizes are
             wrong.
         CorpusError: If the data of a task cannot be loaded.
@@ -206,7 +207,9 @@ def evaluate(
             raise ValueError(f"{name} must be at least 1, got {value}")
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"num_fewshot must be at least 0, got {num_fewshot}")
-    hf_model, tokenizer = _plain(model, tokenizer)
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer must be the one transformers loads with the model, got {type(tokenizer).__name__}")
+    hf_model = _plain(model)
     changes = {"dense": nullcontext(), **_changes(hf_model, results, means)}
     options = {"limit": limit, "num_fewshot": num_fewshot}
     start = time.perf_counter()
@@ -235,23 +238,21 @@ def evaluate(
     )
 
 
-def _plain(model: Any, tokenizer: Any) -> tuple[nn.Module, Any]:
-    """Return a plain Hugging Face model and its tokenizer."""
+def _plain(model: Any) -> nn.Module:
+    """Return the plain Hugging Face model."""
     if hasattr(model, "hooks") and hasattr(model, "cfg"):
         adapter = attach(model)
         if adapter.plain is None:
             raise TypeError(
                 "lm-eval needs the plain Hugging Face model, and this TransformerLens model does not run as one "
-                f"({adapter.forward}); pass the model that transformers loads, with its tokenizer"
+                f"({adapter.forward}); pass the model that transformers loads"
             )
-        model, tokenizer = unwrapped(adapter.model.original_model), tokenizer or adapter.model.tokenizer
+        return unwrapped(adapter.model.original_model)
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise TypeError(
             f"model must be a causal language model of transformers or a TransformerBridge, got {type(model).__name__}"
         )
-    if tokenizer is None:
-        raise TypeError("a transformers model needs its tokenizer here: evaluate(model, tasks, tokenizer=tokenizer)")
-    return model, tokenizer
+    return model
 
 
 def _listed(results: Sequence[Any] | Mapping[str, Any]) -> list[Any]:
