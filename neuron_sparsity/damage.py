@@ -220,7 +220,11 @@ def damage(
     """
     if layers is not None and layers not in _LAYER_PASSES:
         raise ValueError(f"layers must be 'alone', 'spared' or None, got {layers!r}")
-    for name, value, least in (("n_tokens", n_tokens, 0), ("per_document", per_document, 1), ("min_count", min_count, 2)):
+    for name, value, least in (
+        ("n_tokens", n_tokens, 0),
+        ("per_document", per_document, 1),
+        ("min_count", min_count, 2),
+    ):
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
     start = time.perf_counter()
@@ -285,9 +289,7 @@ class _Passes:
 
     def _losses(self, hook: PostHook | None, label: str, on_rows: Any) -> Float[Tensor, "window pos"]:
         self.count += 1
-        return token_losses(
-            self.adapter, self.windows, on_post=hook, on_rows=on_rows, label=label, **self._options
-        )
+        return token_losses(self.adapter, self.windows, on_post=hook, on_rows=on_rows, label=label, **self._options)
 
 
 def _hook_of(

@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -300,7 +301,7 @@ def by_decile(
     """Return tokens by their place in the window, in tenths (fewer where a window is shorter); empty tenths go."""
     cells = min(10, windows.window)
     edges = [cell * windows.window // cells for cell in range(cells + 1)]
-    places = [slice(first, last) for first, last in zip(edges, edges[1:], strict=False)]
+    places = [slice(first, last) for first, last in pairwise(edges)]
     counts = torch.stack([windows.scored[:, place].sum(dim=1) for place in places], dim=1)
     sums = torch.stack([difference.double()[:, place].sum(dim=1) for place in places], dim=1)
     divergences = [float(kl.double()[:, place].sum()) for place in places]

@@ -16,7 +16,6 @@ import copy
 import difflib
 import io
 import logging
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +29,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from scipy import stats
 from torch import Tensor, nn
 
 from neuron_sparsity.ablation import AblationResult
@@ -40,6 +38,7 @@ from neuron_sparsity.model_info import ModelInfo, WeightFacts
 from neuron_sparsity.plain import down_projections, output_rows, unwrapped
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.store import provenance
+from neuron_sparsity.task_scores import Score, scores_of
 from neuron_sparsity.truncation import Truncation, apply_thresholds
 from neuron_sparsity.weights import first_line
 
@@ -50,38 +49,6 @@ _TASKS = Path(__file__).parent / "tasks"
 
 Change = Callable[[nn.Module], AbstractContextManager[Any]]
 """`f(hf_model)`: a context in which the model is changed."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One metric of one task.
-
-    Attributes:
-        task: Name of the task, or of a group of tasks.
-        metric: Such as `acc`, or `acc_norm` (by the length of the answer).
-        filter: Of lm-eval; `none` where answers are not filtered.
-        value: The score.
-        stderr: Its standard error as lm-eval reports it; None where it has none.
-        n: Items that were answered.
-        difference: Score less that of the dense model; 0 for the dense model itself.
-        difference_stderr: Standard error of the paired difference, `sd(x - x_dense) / sqrt(n)`; None where the score
-            is not the mean of the items' scores (groups, perplexities).
-        lost: Items whose score is lower than the dense model's; None likewise.
-        gained: Items whose score is higher.
-        p_value: McNemar's exact two-sided test of `lost` against `gained`; None where scores are not 0 or 1.
-    """
-
-    task: str
-    metric: str
-    filter: str
-    value: float
-    stderr: float | None
-    n: int
-    difference: float
-    difference_stderr: float | None
-    lost: int | None
-    gained: int | None
-    p_value: float | None
 
 
 @dataclass(frozen=True)
@@ -171,15 +138,15 @@ def evaluate(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 16,
-    seed: int = 0,
+    seed: int | None = None,
     verbose: bool = False,
 ) -> DownstreamResult:
     """Return lm-eval's scores of a model as it is and in each changed form, compared item by item.
 
     Args:
         model: Causal language model of transformers, or a TransformerBridge as it was loaded.
-        tokenizer: As transformers loads it. A bridge's own is not taken: TransformerLens may have made it put BOS first,
-            and scores would not be those of lm-eval alone.
+        tokenizer: As transformers loads it. A bridge's own is not taken: TransformerLens may have made it put BOS
+            first, and scores would not be those of lm-eval alone.
         tasks: Names that lm-eval knows (`piqa`, `hellaswag`, ...: their data come from the hub), `everyday_choices`
             (needs no hub), or paths of task files (.yaml) of your own.
         results: Each a SparsityResult, an AblationResult, or `f(hf_model)` that returns a context. A mapping gives
@@ -188,7 +155,8 @@ def evaluate(
         limit: Only the first so many items of each task.
         num_fewshot: Solved examples before each question; None takes each task's own number.
         batch_size: Sequences a forward pass.
-        seed: Of lm-eval's choices (examples, order). The random state of this process is put back afterwards.
+        seed: Of lm-eval's choices, such as the examples; None takes lm-eval's own seeds. This process's random state
+            is put back afterwards.
         verbose: Whether lm-eval's own messages and bars are shown, on stderr.
 
     Returns:
@@ -210,7 +178,7 @@ def evaluate(
     if not callable(tokenizer):
         raise TypeError(f"tokenizer must be the one transformers loads with the model, got {type(tokenizer).__name__}")
     hf_model = _plain(model)
-    changes = {"dense": nullcontext(), **_changes(hf_model, results, means)}
+    changes: dict[str, AbstractContextManager[Any]] = {"dense": nullcontext(), **_changes(hf_model, results, means)}
     options = {"limit": limit, "num_fewshot": num_fewshot}
     start = time.perf_counter()
     runs: dict[str, Any] = {}
@@ -226,7 +194,7 @@ def evaluate(
     named = str(getattr(hf_model.config, "_name_or_path", "") or type(hf_model).__name__)
     return DownstreamResult(
         tasks=tuple(Path(task).name if task.endswith(".yaml") else task for task in tasks),
-        forms=tuple(Form(name, ratios[name], _scores(run, dense)) for name, run in runs.items()),
+        forms=tuple(Form(name, ratios[name], scores_of(run, dense)) for name, run in runs.items()),
         model={"name": Path(named).name, "fingerprint": None}
         if known is None
         else {"name": known.name, "fingerprint": known.fingerprint},
@@ -234,7 +202,7 @@ def evaluate(
         | {"batch_size": batch_size, "seed": seed}
         | {"n_shot": dict(dense["n-shot"]), "versions": dict(dense["versions"])},
         cost={"evaluations": float(len(runs)), "seconds": time.perf_counter() - start},
-        provenance=provenance(seed=seed) | {"lm_eval": metadata.version("lm_eval")},
+        provenance=provenance(seed=seed or 0) | {"lm_eval": metadata.version("lm_eval")},
     )
 
 
@@ -334,7 +302,7 @@ def _removed(hf_model: nn.Module, result: AblationResult, means: Tensor | None) 
 class _Harness:
     """lm-eval with one model, and where it looks for tasks."""
 
-    def __init__(self, hf_model: nn.Module, tokenizer: Any, batch_size: int, seed: int) -> None:
+    def __init__(self, hf_model: nn.Module, tokenizer: Any, batch_size: int, seed: int | None) -> None:
         from lm_eval.models.huggingface import HFLM
 
         # A copy of the tokenizer: lm-eval gives it a padding token.
@@ -377,7 +345,8 @@ class _Harness:
         """Return what lm-eval reports, samples included."""
         from lm_eval.evaluator import simple_evaluate
 
-        seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), self.seed)
+        names = ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed")
+        seeds = {} if self.seed is None else dict.fromkeys(names, self.seed)
         return simple_evaluate(
             model=self.model, tasks=list(tasks), task_manager=self.manager, log_samples=True, **options, **seeds
         )
@@ -385,7 +354,7 @@ class _Harness:
 
 @contextmanager
 def _lm_eval(
-    hf_model: nn.Module, tokenizer: Any, batch_size: int, seed: int, *, verbose: bool
+    hf_model: nn.Module, tokenizer: Any, batch_size: int, seed: int | None, *, verbose: bool
 ) -> Iterator[_Harness]:
     """Open lm-eval around a model; random states, logging and the model's mode are as before afterwards."""
     if find_spec("lm_eval") is None:
@@ -396,66 +365,10 @@ def _lm_eval(
         stack.callback(hf_model.train, training)
         stack.callback(logger.setLevel, level)
         stack.callback(random.setstate, states[0])
-        stack.callback(np.random.set_state, states[1])  # noqa: NPY002
+        stack.callback(np.random.set_state, states[1])
         stack.enter_context(torch.random.fork_rng())
         if not verbose:
             stack.enter_context(redirect_stderr(io.StringIO()))
             stack.enter_context(redirect_stdout(io.StringIO()))
             logger.setLevel(logging.ERROR)
         yield _Harness(hf_model, tokenizer, batch_size, seed)
-
-
-def _scores(run: Any, dense: Any) -> tuple[Score, ...]:
-    """Return the scores of one run, compared with the dense one."""
-    found = []
-    for task, values in {**run["results"], **run.get("groups", {})}.items():
-        for key, value in values.items():
-            metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            stderr = values.get(f"{metric}_stderr,{kind}")
-            reference = {**dense["results"], **dense.get("groups", {})}[task][key]
-            pair = [_items(part, task, metric, kind, float(part["results"].get(task, {}).get(key, math.nan))) for part in (run, dense)]
-            found.append(
-                Score(
-                    task,
-                    metric,
-                    kind,
-                    float(value),
-                    float(stderr) if isinstance(stderr, int | float) and math.isfinite(stderr) else None,
-                    int(values.get("sample_len") or len(run["samples"].get(task, ()))),
-                    float(value) - float(reference),
-                    *_paired(*pair),
-                )
-            )
-    return tuple(found)
-
-
-def _items(run: Any, task: str, metric: str, kind: str, value: float) -> Float[np.ndarray, " item"] | None:
-    """Return each item's own score, if the score is their mean."""
-    samples = sorted((s for s in run["samples"].get(task, ()) if s["filter"] == kind), key=lambda s: s["doc_id"])
-    own = [sample.get(metric) for sample in samples]
-    if not own or not all(isinstance(one, int | float) for one in own):
-        return None
-    scores = np.array(own, dtype=np.float64)
-    return scores if math.isclose(float(scores.mean()), value, rel_tol=1e-6, abs_tol=1e-9) else None
-
-
-def _paired(
-    changed: Float[np.ndarray, " item"] | None, dense: Float[np.ndarray, " item"] | None
-) -> tuple[float | None, int | None, int | None, float | None]:
-    """Return the standard error of the paired difference, items lost and gained, and McNemar's p.
-
-    Example:
-        >>> ones = np.array([1.0, 1.0, 1.0, 0.0])
-        >>> _paired(np.array([0.0, 0.0, 1.0, 1.0]), ones)
-        (0.4787135538781691, 2, 1, 1.0)
-    """
-    if changed is None or dense is None or len(changed) != len(dense):
-        return None, None, None, None
-    difference = changed - dense
-    stderr = float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else None
-    lost, gained = int((difference < 0).sum()), int((difference > 0).sum())
-    binary = bool(np.isin(np.concatenate([changed, dense]), (0.0, 1.0)).all())
-    p_value = float(stats.binomtest(lost, lost + gained).pvalue) if binary and lost + gained else None
-    return stderr, lost, gained, (1.0 if binary and not lost + gained else p_value)

@@ -224,14 +224,3 @@ def test_the_task_is_what_it_says() -> None:
     assert all(len(set(item["choices"])) == 2 for item in items)
     kinds = [item["kind"] for item in items]
     assert {kind: kinds.count(kind) for kind in kinds} == dict.fromkeys(("agreement", "fact", "sense", "reference"), 24)
-
-
-def test_paired_error_by_hand() -> None:
-    dense, changed = np.array([1.0, 1.0, 1.0, 1.0, 0.0, 0.0]), np.array([0.0, 0.0, 0.0, 1.0, 1.0, 0.0])
-    stderr, lost, gained, p_value = downstream._paired(changed, dense)
-    assert (lost, gained) == (3, 1)
-    assert p_value == pytest.approx(2 * (1 + 4) / 2**4)  # two-sided: P(at most 1 of 4 heads), twice
-    difference = changed - dense
-    assert stderr == pytest.approx(np.sqrt(((difference - difference.mean()) ** 2).sum() / 5 / 6))
-    assert downstream._paired(None, dense) == (None, None, None, None)
-    assert downstream._paired(changed * 0.5, dense)[3] is None, "McNemar's test is of answers that are right or wrong"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_tenths_of_the_window(windows: Windows, difference: torch.Tensor) -> Non
     cells = by_decile(long, torch.zeros(2, 25), torch.zeros(2, 25))
     assert len(cells) == 10
     assert [cells[0].first, cells[-1].last, sum(cell.count for cell in cells)] == [0, 24, 48]
-    assert all(left.last + 1 == right.first for left, right in zip(cells, cells[1:], strict=False))
+    assert all(left.last + 1 == right.first for left, right in pairwise(cells))
 
 
 def test_spread_over_tokens() -> None:
