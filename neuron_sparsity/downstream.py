@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.adapter import attach
-from neuron_sparsity.errors import CorpusError
+from neuron_sparsity.errors import CorpusError, MeasurementError
 from neuron_sparsity.model_info import ModelInfo, WeightFacts
 from neuron_sparsity.plain import down_projections, output_rows, unwrapped
 from neuron_sparsity.sparsity import SparsityResult
@@ -42,7 +42,7 @@ from neuron_sparsity.task_scores import Score, scores_of
 from neuron_sparsity.truncation import Truncation, apply_thresholds
 from neuron_sparsity.weights import first_line
 
-__all__ = ["BUILT_IN_TASKS", "DownstreamResult", "Form", "Score", "evaluate"]
+__all__ = ["BUILT_IN_TASKS", "DownstreamResult", "Form", "Score", "evaluate", "require_lm_eval"]
 
 BUILT_IN_TASKS = ("everyday_choices",)
 _TASKS = Path(__file__).parent / "tasks"
@@ -163,12 +163,13 @@ def evaluate(
         Scores with standard errors, and paired differences to the dense model with theirs.
 
     Raises:
-        ImportError: If lm-eval is not installed.
         TypeError: If `model` is no model, `tokenizer` no tokenizer, or a result none of the three.
         ValueError: If lm-eval does not know a task, a result is of other weights, two have one name, or sizes are
             wrong.
         CorpusError: If the data of a task cannot be loaded.
+        MeasurementError: If lm-eval is not installed.
     """
+    require_lm_eval()
     tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -204,6 +205,16 @@ def evaluate(
         cost={"evaluations": float(len(runs)), "seconds": time.perf_counter() - start},
         provenance=provenance(seed=seed or 0) | {"lm_eval": metadata.version("lm_eval")},
     )
+
+
+def require_lm_eval() -> None:
+    """Refuse to go on without lm-eval, before anything is loaded.
+
+    Raises:
+        MeasurementError: If it is not installed.
+    """
+    if find_spec("lm_eval") is None:
+        raise MeasurementError('downstream tasks need the package lm-eval: pip install "neuron-sparsity[eval]"')
 
 
 def _plain(model: Any) -> nn.Module:
@@ -357,8 +368,6 @@ def _lm_eval(
     hf_model: nn.Module, tokenizer: Any, batch_size: int, seed: int | None, *, verbose: bool
 ) -> Iterator[_Harness]:
     """Open lm-eval around a model; random states, logging and the model's mode are as before afterwards."""
-    if find_spec("lm_eval") is None:
-        raise ImportError('evaluate needs the package lm-eval: pip install "neuron-sparsity[eval]"')
     logger, training = logging.getLogger("lm_eval"), hf_model.training
     level, states = logger.level, (random.getstate(), np.random.get_state())  # noqa: NPY002 (lm-eval seeds the old one)
     with ExitStack() as stack:

@@ -111,10 +111,12 @@ def evaluate(
         raise ValueError(
             "name with --out the run folder whose results are applied; `neuron-sparsity sparsity` makes one"
         )
+    from neuron_sparsity.downstream import require_lm_eval
     from neuron_sparsity.pipeline import applied_results
     from neuron_sparsity.store import write_json
 
     results, means = applied_results(out)
+    require_lm_eval()
     check_device(device, "auto")
     import torch
 

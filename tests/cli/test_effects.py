@@ -61,6 +61,18 @@ def test_evaluate_applies_the_results_of_a_run(
     )
 
 
+def test_evaluate_says_how_to_get_lm_eval(
+    whole_run: Callable[[], Path], cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from neuron_sparsity import downstream
+
+    monkeypatch.setattr(downstream, "find_spec", lambda name: None)
+    with pytest.raises(downstream.MeasurementError, match=r'need the package lm-eval: pip install "neuron-sparsity'):
+        downstream.evaluate(None, None)
+    refused = cli("evaluate", "a model that would not load", "--out", whole_run())
+    assert 'pip install "neuron-sparsity[eval]"' in refused.error()
+
+
 def test_evaluate_refuses(cli: Any, tmp_path: Path, model_folder: Callable[[str], str], measure: Any) -> None:
     assert "name with --out the run folder" in cli("evaluate", "nowhere").error()
     assert "is no run folder" in cli("evaluate", "nowhere", "--out", tmp_path).error()
