@@ -2,6 +2,7 @@
 #   make report      measure the built-in model and write runs/smollm2-135m-sotu/report.html
 #   make test        the tests, on two cores
 #   make soak        the fuzzed and the killed runs, sixteen times as many (200 runs killed and taken up again)
+#   make test-eval   the tests of downstream tasks; installs lm-eval into .venv first (210 MB)
 #   make check       ruff and mypy
 #   make bench       the benchmarks
 #   make kernels     compile every kernel ahead of time for two GPU generations; no GPU is needed
@@ -24,7 +25,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help report test soak check bench kernels notebooks docs ci-tl3 clean
+.PHONY: help report test test-eval soak check bench kernels notebooks docs ci-tl3 clean
 .SECONDARY:
 
 help:
@@ -35,6 +36,10 @@ report: $(VENV)/.installed-gguf
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+# lm-eval brings some thirty packages and 16,000 files: the other tests do without.
+test-eval: $(VENV)/.installed-test $(VENV)/.installed-eval
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/integration/test_downstream.py neuron_sparsity/downstream.py
 
 soak: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) --hypothesis-profile=soak \

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons
     from neuron_sparsity.adapter import attach, load_model
     from neuron_sparsity.corpus import Windows, load_corpus
+    from neuron_sparsity.damage import DamageResult, damage
+    from neuron_sparsity.downstream import DownstreamResult, evaluate
     from neuron_sparsity.errors import (
         CorpusError,
         MeasurementError,
@@ -53,6 +55,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AblationResult",
     "CorpusError",
+    "DamageResult",
+    "DownstreamResult",
     "Estimate",
     "LawFit",
     "MeasurementError",
@@ -73,6 +77,8 @@ __all__ = [
     "attach",
     "cett_ppl_sparsities",
     "cett_ppl_sparsity",
+    "damage",
+    "evaluate",
     "fit_joint",
     "fit_law",
     "fit_scale",
@@ -92,6 +98,8 @@ __all__ = [
 _MODULE_OF = {
     "AblationResult": "ablation",
     "CorpusError": "errors",
+    "DamageResult": "damage",
+    "DownstreamResult": "downstream",
     "Estimate": "sparsity",
     "LawFit": "laws",
     "MeasurementError": "errors",
@@ -111,6 +119,8 @@ _MODULE_OF = {
     "attach": "adapter",
     "cett_ppl_sparsities": "sparsity",
     "cett_ppl_sparsity": "sparsity",
+    "damage": "damage",
+    "evaluate": "downstream",
     "fit_joint": "laws",
     "fit_law": "laws",
     "fit_scale": "laws",

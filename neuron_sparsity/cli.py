@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from neuron_sparsity import __version__, commands
+from neuron_sparsity import __version__, commands, effect_commands
 from neuron_sparsity.console import (
     conclude,
     measured_on,
@@ -292,6 +292,8 @@ def fit(
 
 
 app.command()(commands.plan)
+app.command()(effect_commands.damage)
+app.command()(effect_commands.evaluate)
 
 
 @app.command()

@@ -3,6 +3,7 @@
     sparsity   -> sparsity.json        CETT-PPL-p% on the calibration part
     record     -> statistics.safetensors
     ablate     -> ablation.json        searched on the calibration part, confirmed on the held-out part
+    damage     -> damage.json          with damage.safetensors; of sparsity.json, or of ablation.json
     passage    -> passage.json         activity of every layer on every token of one window
     render     -> report.html          needs the folder only, never the model
 
@@ -23,6 +24,7 @@ from neuron_sparsity.ablation import AblationResult, removable_neurons
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.cett_search import Metric
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.damage import DamageResult, damage
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.kernels import Backend
 from neuron_sparsity.perplexity import Progress
@@ -35,7 +37,7 @@ from neuron_sparsity.store import RunFolder, blaming, decode, read_json, write_j
 from neuron_sparsity.truncation import TokenActivity, token_activity
 from neuron_sparsity.typed import checked
 
-__all__ = ["Run", "load_run", "render"]
+__all__ = ["Run", "applied_results", "load_run", "render"]
 
 CALIBRATION_SHARE = 2 / 3
 _MAX_WINDOW_BYTES = 64 << 20
@@ -174,6 +176,24 @@ class Run:
         write_json(self.folder.file("ablation.json"), removed.to_json())
         return removed
 
+    def damage(self, p_percent: float | None, *, layers: Any = "alone") -> DamageResult:
+        """Measure what the truncation for a p does to single tokens; what the folder's ablation does, if p is None.
+
+        An ablation is measured on the held-out part, a truncation on the text of its search.
+        """
+        options: dict[str, Any] = {"layers": layers, "batch_size": self.batch_size, "progress": self.progress}
+        if p_percent is None:
+            removed = self._found("ablation.json", AblationResult.from_json, lambda old: True)
+            if removed is None:
+                raise RunFolderError(f"{self.folder.path} has no ablation.json; `neuron-sparsity ablate` makes it")
+            means = NeuronStatistics.load(self.folder.path).mean_activation
+            text = self.confirmation or self.calibration
+            found = damage(self.adapter, text, removed, means=means, **options)
+        else:
+            found = damage(self.adapter, self.calibration, self.sparsity(p_percent), **options)
+        found.save(self.folder.path)
+        return found
+
     def passage(self, result: SparsityResult) -> TokenActivity:
         """Measure the activity of every layer on each token of the calibration part's middle window, or read it."""
         thresholds = {"thresholds": result.thresholds}
@@ -258,6 +278,37 @@ def load_run(path: str | Path) -> dict[str, Any]:
         with blaming(file):
             found[key] = None if data is None else checked(build(data))
     return found
+
+
+def applied_results(path: str | Path) -> tuple[list[Any], Any]:
+    """Return the results of a run folder that can be applied to a model, and the means that a removal needs.
+
+    Returns:
+        The truncations by p (those that are reached), then the removal; means [layer, neuron], or None.
+
+    Raises:
+        RunFolderError: If it is no run folder, has no such result, or a file in it is damaged.
+    """
+    folder = RunFolder(path)
+    found: list[Any] = []
+    for file in sorted(folder.path.glob("sparsity*.json")):
+        data = read_json(file)
+        with blaming(file):
+            result = checked(SparsityResult.from_json(data))
+        found += [result] if result.reached else []
+    found.sort(key=lambda result: result.p_percent)
+    means = None
+    if folder.has("ablation.json"):
+        file = folder.file("ablation.json")
+        data = read_json(file)
+        with blaming(file):
+            removed = checked(AblationResult.from_json(data))
+        if removed.n_removable:
+            found.append(removed)
+            means = NeuronStatistics.load(folder.path).mean_activation if removed.replacement == "mean" else None
+    if not found:
+        raise RunFolderError(f"{path} has no result to apply; `neuron-sparsity sparsity --out {path}` makes one")
+    return found, means
 
 
 def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:

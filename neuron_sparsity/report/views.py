@@ -29,6 +29,7 @@ from neuron_sparsity.report._curves import (
     removal_curve,
     removal_verdict,
 )
+from neuron_sparsity.report._damage import damage
 from neuron_sparsity.report._fragments import figure, heat, note, token_text, widget
 from neuron_sparsity.report._measured import definitions, measured
 from neuron_sparsity.report._neurons import class_counts, neuron_map
@@ -44,6 +45,7 @@ __all__ = [
     "activation_curve",
     "cett_curves",
     "class_counts",
+    "damage",
     "definitions",
     "headline",
     "layer_ratios",
