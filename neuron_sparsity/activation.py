@@ -26,7 +26,7 @@ __all__ = ["ActivationReader"]
 
 _PRE, _UP = "hook_pre", "hook_pre_linear"
 _PART = {_PRE: "gate", _UP: "in"}  # the projection of a gated MLP that each hook is the output of
-_INSTEAD = "use rules on contributions (score='contribution'), which need z alone"
+_INSTEAD = "use rules on contributions (cett, fat:c, quantile:c, topk:c, topp:c), which need z alone"
 
 Catch = Callable[[int, Tensor], None]
 
@@ -170,9 +170,8 @@ def _function(adapter: MLPAdapter, block: int) -> Callable[[Tensor], Tensor]:
 
 def _plain_projections(adapter: MLPAdapter, part: str) -> list[nn.Module]:
     """Return the modules of the plain body that hold the weights of each layer's gate (or `in`); none if one lacks."""
-    by_weight = {
-        id(weight): module for module in adapter.plain.base.modules() if (weight := _own_weight(module)) is not None
-    }
+    modules = [] if adapter.plain is None else list(adapter.plain.base.modules())
+    by_weight = {id(weight): module for module in modules if (weight := _own_weight(module)) is not None}
     found = []
     for block in adapter.layers:
         wrapped = getattr(adapter.model.blocks[block].mlp, part, None)

@@ -2,7 +2,8 @@
 
 A curve goes from the dense model (rise 0) to every neuron cut. Where it crosses a rise is read off by interpolation
 between the passes: linear in activation ratio against asinh(rise / (target / 4)), which is the logarithm of the rise
-near the target and linear below. Rises jitter, so the mean of their running maximum and running minimum is taken.
+near the target and linear below. Rises jitter, so the mean of their running maximum and running minimum is taken. KL
+divergences are read in the same way.
 
 The text is a sample: windows are drawn with replacement, the same draws for every curve, and the crossing is read off
 each draw's own rises and ratios. Differences between rules are therefore paired. The percentile interval is widened as
@@ -33,7 +34,8 @@ class Verdict:
     """What rules need at one p, fewest first.
 
     Attributes:
-        p_percent: Rise of perplexity.
+        metric: `"ppl"`, or `"kl"`: the KL divergence is what it would be as a rise of perplexity by p.
+        p_percent: Rise.
         order: Labels of the rules that reach it, by activation ratio.
         difference: Activation ratio of each minus that of the first.
         low: Lower end of the 95 % interval of that difference; None with fewer than 5 windows.
@@ -41,6 +43,7 @@ class Verdict:
         apart: Whether the interval leaves out zero; None without an interval.
     """
 
+    metric: str
     p_percent: float
     order: tuple[str, ...]
     difference: tuple[float, ...]
@@ -65,8 +68,8 @@ class Verdict:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Verdict:
         """Return what `to_json` was made from."""
-        lists = {name: tuple(data[name]) for name in cls.__dataclass_fields__ if name != "p_percent"}
-        return cls(p_percent=data["p_percent"], **lists)
+        lists = {name: tuple(data[name]) for name in cls.__dataclass_fields__ if name not in ("metric", "p_percent")}
+        return cls(data["metric"], data["p_percent"], **lists)
 
 
 def crossing(
@@ -101,40 +104,42 @@ def crossing(
 
 
 def crossings(
-    curves: Sequence[Sequence[RulePass]], targets: Sequence[float]
+    curves: Sequence[Sequence[RulePass]], targets: Sequence[float], metric: str = "ppl"
 ) -> tuple[Float[np.ndarray, "curve target"], Float[np.ndarray, "draw curve target"] | None]:
     """Return the activation ratio of every curve at every target, and the same of every draw of windows.
 
     Args:
         curves: Passes over the same windows, from the dense model to everything cut.
-        targets: Rises of the mean loss in nats.
+        targets: Rises of the mean loss, or KL divergences, in nats.
+        metric: `"ppl"` or `"kl"`.
 
     Returns:
         The ratios, NaN where a target is not reached; and those of the draws, None with fewer than 5 windows.
     """
     scored = curves[0][0].scored.astype(np.float64)
     n = len(scored)
-    whole = _read(curves, targets, np.ones((1, n)), scored)[0]
+    whole = _read(curves, targets, metric, np.ones((1, n)), scored)[0]
     if n < MIN_WINDOWS:
         return whole, None
     generator = np.random.default_rng(0)
     blocks = []
     for _ in range(_DRAWS // _BLOCK):  # memory does not grow with draws times windows
         weights = generator.multinomial(n, np.full(n, 1 / n), size=_BLOCK).astype(np.float64)
-        blocks.append(_read(curves, targets, weights, scored))
+        blocks.append(_read(curves, targets, metric, weights, scored))
     return whole, np.concatenate(blocks)
 
 
 def _read(
     curves: Sequence[Sequence[RulePass]],
     targets: Sequence[float],
+    metric: str,
     weights: Float[np.ndarray, "draw window"],
     scored: Float[np.ndarray, " window"],
 ) -> Float[np.ndarray, "draw curve target"]:
     found = np.empty((len(weights), len(curves), len(targets)))
     n_scored = np.maximum(weights @ scored, 1.0)[:, None]
     for index, passes in enumerate(curves):
-        rises = weights @ np.stack([one.rise for one in passes], axis=1) / n_scored
+        rises = weights @ np.stack([one.rise if metric == "ppl" else one.kl for one in passes], axis=1) / n_scored
         ratios = weights @ np.stack([one.active for one in passes], axis=1) / weights.sum(axis=1)[:, None]
         for column, target in enumerate(targets):
             found[:, index, column] = crossing(ratios, rises, target)
@@ -150,6 +155,7 @@ def interval(draws: Float[np.ndarray, " draw"], n_windows: int) -> tuple[float, 
 
 def compare(
     labels: Sequence[str],
+    metric: str,
     p_percent: float,
     ratios: Float[np.ndarray, " curve"],
     draws: Float[np.ndarray, "draw curve"] | None,
@@ -159,29 +165,25 @@ def compare(
 
     Args:
         labels: Of the curves.
-        p_percent: Rise of perplexity.
+        metric: `"ppl"` or `"kl"`.
+        p_percent: Rise of it.
         ratios: Activation ratio of each curve there; NaN where it is not reached.
         draws: The same for each draw of windows; None with too few.
         n_windows: Windows that were drawn from.
 
     Example:
-        >>> verdict = compare(["a", "b"], 1.0, np.array([0.7, 0.6]), None, 3)
+        >>> verdict = compare(["a", "b"], "ppl", 1.0, np.array([0.7, 0.6]), None, 3)
         >>> verdict.order, verdict.apart
         (('b', 'a'), (None, None))
     """
     order = [int(i) for i in np.argsort(ratios, kind="stable") if not math.isnan(ratios[i])]
-    low: list[float | None] = [None] * len(order)
-    high, apart = list(low), [None] * len(order)
-    if draws is not None and order:
-        for place, index in enumerate(order):
-            difference = np.nan_to_num(draws[:, index]) - np.nan_to_num(draws[:, order[0]])
-            low[place], high[place] = interval(difference, n_windows)
-        apart = [place > 0 and not low[place] <= 0 <= high[place] for place in range(len(order))]  # type: ignore[operator, misc]
-    return Verdict(
-        p_percent,
-        tuple(labels[i] for i in order),
-        tuple(float(ratios[i] - ratios[order[0]]) for i in order),
-        tuple(low),
-        tuple(high),
-        tuple(apart),
-    )
+    names = tuple(labels[i] for i in order)
+    differences = tuple(float(ratios[i] - ratios[order[0]]) for i in order)
+    if draws is None:
+        unknown = (None,) * len(order)
+        return Verdict(metric, p_percent, names, differences, unknown, unknown, unknown)
+    told = np.nan_to_num(draws)
+    ends = [interval(told[:, i] - told[:, order[0]], n_windows) for i in order]
+    low, high = tuple(end[0] for end in ends), tuple(end[1] for end in ends)
+    apart = tuple(not bottom <= 0 <= top for bottom, top in ends)
+    return Verdict(metric, p_percent, names, differences, low, high, apart)

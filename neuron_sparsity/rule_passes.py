@@ -8,9 +8,9 @@ measure  all windows, all layers cut at once by one rule: rise of the loss, KL d
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from neuron_sparsity.divergence import DenseReference
 from neuron_sparsity.kernels.reference import contributions
 from neuron_sparsity.perplexity import Progress, default_batch_size, mean_loss, token_losses
 from neuron_sparsity.rules import Cut, DenseScores, Score, ScoreHistogram, topp_counts
-from neuron_sparsity.store import read_json, write_json
+from neuron_sparsity.store import blaming, read_json, write_json
 
 __all__ = ["PASSES", "RulePass", "RulePasses"]
 
@@ -63,15 +63,9 @@ class RulePass:
         """Share of (token, neuron) pairs active: layers are equally wide, so it is their mean."""
         return float(self.active.mean())
 
-    @property
-    def mean_rise(self) -> float:
-        """Mean rise of the loss in nats a token."""
-        return float(self.rise.sum() / self.scored.sum())
-
-    @property
-    def mean_kl(self) -> float:
-        """Mean KL divergence in nats a token."""
-        return float(self.kl.sum() / self.scored.sum())
+    def mean(self, metric: str) -> float:
+        """Return the mean rise of the loss (`"ppl"`) or the mean KL divergence (`"kl"`), in nats a token."""
+        return float((self.rise if metric == "ppl" else self.kl).sum() / self.scored.sum())
 
 
 class RulePasses:
@@ -178,9 +172,12 @@ class RulePasses:
         self._keep(name, made)
         return made
 
-    def _reading(self) -> Any:
-        from contextlib import nullcontext
+    @property
+    def n_cuts(self) -> int:
+        """Different cuts that were measured."""
+        return len(self._made)
 
+    def _reading(self) -> AbstractContextManager[None]:
         return nullcontext() if self.reader is None else self.reader.reading()
 
     def _losses(self, windows: Windows, label: str, on_post: Any, **hooks: Any) -> Float[Tensor, "window pos"]:
@@ -239,7 +236,8 @@ class _DenseRecorder:
         self._sampled, self._nonzero = 0, _Active(passes)
         self._stride = max(1, passes.windows.n_tokens // _SAMPLE)
 
-    def reading(self) -> Any:
+    def reading(self) -> AbstractContextManager[None]:
+        """Return the context that reads `s`, if it is needed."""
         return self._passes._reading()
 
     def on_post(self, layer: int, z: Float[Tensor, "batch pos neuron"]) -> None:
@@ -275,12 +273,10 @@ class _DenseRecorder:
 
 
 def _checked(path: Path, data: dict[str, Any], n_windows: int) -> dict[str, dict[str, list[float]]]:
-    from neuron_sparsity.store import blaming
-
     with blaming(path):
         for found in data["passes"].values():
             if set(found) != {"rise", "kl", "active"} or any(
                 np.array(values, dtype=np.float64).shape != (n_windows,) for values in found.values()
             ):
                 raise ValueError("a pass is incomplete")
-        return dict(json.loads(json.dumps(data["passes"])))
+        return dict(data["passes"])
