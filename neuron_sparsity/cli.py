@@ -239,7 +239,7 @@ def pareto(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity against activation ratio under every rule, and which rule needs the fewest active neurons at each p."""
+    """Measure perplexity against activation ratio under every rule, and which rule needs the fewest active neurons."""
     percents = p or [1.0, 5.0, 10.0]
     for percent in percents:
         check_question(percent)

@@ -57,7 +57,7 @@ def pareto_lines(result: ParetoResult) -> list[str]:
     corpus, asked = result.corpus, result.p_percents
     lines = [
         f"{result.model.name} on {corpus['name']}: {corpus['n_tokens']:,} tokens in windows of {corpus['window']}; "
-        f"perplexity {result.ppl_dense:.3f} dense; {result.nonzero_ratio:.3f} of (token, neuron) pairs are not exactly zero"
+        f"perplexity {result.ppl_dense:.3f} dense; {result.nonzero_ratio:.3f} of (token, neuron) pairs not exactly zero"
     ]
     for metric, name in (("ppl", "perplexity rises by"), ("kl", "KL divergence is, as a rise of perplexity,")):
         lines.append(f"activation ratio at which {name}")

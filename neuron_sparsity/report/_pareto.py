@@ -59,9 +59,9 @@ def pareto_curves(result: ParetoResult) -> str:
             chart.point(p.activation_ratio, p.ppl_increase_percent, said + signed(p.ppl_increase_percent), radius=2.2)
     key = join(_key(curve) for curve, _ in shown)
     caption = (
-        f"Dense perplexity {number(result.ppl_dense, 4)}. All layers cut at once by each rule; lower and further left is "
-        "better. Full lines: scores are contributions; dashed: the activation function's own output. The vertical scale "
-        "is linear around zero and logarithmic beyond the smallest target."
+        f"Dense perplexity {number(result.ppl_dense, 4)}. All layers cut at once by each rule; lower and further left "
+        "is better. Full lines: scores are contributions; dashed: the activation function's own output. The vertical "
+        "scale is linear around zero and logarithmic beyond the smallest target."
     )
     return figure(
         "Perplexity rise under every rule", Markup("{}<p class=facts>{}</p>").format(chart.svg(), key), caption
