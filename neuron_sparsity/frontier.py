@@ -57,6 +57,13 @@ class Verdict:
         return self.order[0] if self.order else None
 
     @property
+    def not_apart(self) -> tuple[str, ...] | None:
+        """Rules that the text does not tell from the first; None where it has too few windows to tell."""
+        if any(told is None for told in self.apart):
+            return None
+        return tuple(label for label, told in zip(self.order[1:], self.apart[1:], strict=True) if not told)
+
+    @property
     def first_alone(self) -> bool:
         """Whether the text tells the first from every other rule."""
         return len(self.order) > 1 and all(self.apart[1:])

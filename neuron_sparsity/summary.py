@@ -73,9 +73,11 @@ def pareto_lines(result: ParetoResult) -> list[str]:
         for verdict in result.verdicts:
             if verdict.metric != metric or verdict.first is None:
                 continue
-            pairs = zip(verdict.order[1:], verdict.apart[1:], strict=True)
-            unclear = [label for label, apart in pairs if not apart]
-            told = f"not told by this text from {', '.join(unclear)}" if unclear else "told from every other"
+            unclear = verdict.not_apart
+            if unclear is None:
+                told = f"{corpus['n_windows']} windows are too few to tell it from others"
+            else:
+                told = f"not told by this text from {', '.join(unclear)}" if unclear else "told from every other"
             lines.append(f"  fewest at {verdict.p_percent:g} %: {verdict.first}; {told}")
         lines.append(f"  dominates at every p: {dominant or 'no rule that this text tells from all others'}")
     made, cuts = result.cost["forward_passes"], result.cost["cuts"]

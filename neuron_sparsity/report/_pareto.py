@@ -88,9 +88,12 @@ def _verdicts(result: ParetoResult) -> list[str]:
     for verdict in result.verdicts:
         if verdict.metric != "ppl" or verdict.first is None:
             continue
-        pairs = zip(verdict.order[1:], verdict.apart[1:], strict=True)
-        unclear = [visible(label) for label, apart in pairs if not apart]
-        rest = f"; this text does not tell it from {', '.join(unclear)}" if unclear else ", told from every other"
+        unclear = verdict.not_apart
+        if unclear is None:
+            rest = "; this text has too few windows to tell it from others"
+        else:
+            names = ", ".join(visible(label) for label in unclear)
+            rest = f"; this text does not tell it from {names}" if names else ", told from every other"
         found.append(f"At +{target(verdict.p_percent)} {visible(verdict.first)} needs fewest{rest}.")
     return found
 

@@ -68,6 +68,7 @@ def test_the_same_curve_twice_is_not_told_apart() -> None:
     assert draws is not None
     verdict = compare(["a", "b"], "ppl", 1.0, whole[:, 0], draws[:, :, 0], 12)
     assert verdict.apart == (False, False)
+    assert verdict.not_apart == ("b",)
     assert not verdict.first_alone
     assert (verdict.low, verdict.high) == ((0.0, 0.0), (0.0, 0.0))
 
@@ -86,6 +87,7 @@ def test_few_windows_have_no_interval() -> None:
     assert draws is None
     verdict = compare(["a", "b"], "kl", 1.0, whole[:, 0], None, 4)
     assert (verdict.low, verdict.apart) == ((None, None), (None, None))
+    assert verdict.not_apart is None
     assert not verdict.first_alone
 
 
