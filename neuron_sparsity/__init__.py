@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         RunFolderError,
     )
     from neuron_sparsity.laws import LawFit, fit_joint, fit_law, fit_scale, fit_width_depth
+    from neuron_sparsity.pareto import ParetoResult, pareto
     from neuron_sparsity.perplexity import perplexity
     from neuron_sparsity.plan import Plan, plan
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
@@ -63,6 +64,7 @@ __all__ = [
     "ModelError",
     "NeuronSparsityError",
     "NeuronStatistics",
+    "ParetoResult",
     "Plan",
     "RankError",
     "Ranking",
@@ -85,6 +87,7 @@ __all__ = [
     "fit_width_depth",
     "load_corpus",
     "load_model",
+    "pareto",
     "perplexity",
     "plan",
     "rank",
@@ -106,6 +109,7 @@ _MODULE_OF = {
     "ModelError": "errors",
     "NeuronSparsityError": "errors",
     "NeuronStatistics": "recorder",
+    "ParetoResult": "pareto",
     "Plan": "plan",
     "RankError": "errors",
     "Ranking": "ranking",
@@ -127,6 +131,7 @@ _MODULE_OF = {
     "fit_width_depth": "laws",
     "load_corpus": "corpus",
     "load_model": "adapter",
+    "pareto": "pareto",
     "perplexity": "perplexity",
     "plan": "plan",
     "rank": "ranking",

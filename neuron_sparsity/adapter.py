@@ -84,6 +84,11 @@ class MLPAdapter:
         """Whether weights are away, in CPU memory or on disk, until their layer runs."""
         return placement.is_offloaded(getattr(self.model, "original_model", self.model))
 
+    @property
+    def runs_plain(self) -> bool:
+        """Whether a pass now would run the Hugging Face model inside a bridge."""
+        return self.plain is not None and not self.model.training and not _hooked(self.model)
+
     def w_out(self, layer: int) -> Float[Tensor, "neuron d_model"]:
         """Return the output weights of measured layer `layer`, one row a neuron, on the layer's own device.
 
@@ -118,7 +123,7 @@ class MLPAdapter:
 
         The unembedding itself sees one position only, so a pass for statistics does not pay for logits.
         """
-        if self.plain is not None and not self.model.training and not _hooked(self.model):
+        if self.plain is not None and self.runs_plain:
             residual = self.plain(tokens.to(self.device), on_post)
         else:
             residual = self._wrapped_residual(tokens, on_post)

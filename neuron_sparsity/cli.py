@@ -15,6 +15,7 @@ import typer
 from neuron_sparsity import __version__, commands, effect_commands
 from neuron_sparsity.console import (
     conclude,
+    conclude_pareto,
     measured_on,
     open_run,
     print_json,
@@ -38,15 +39,18 @@ from neuron_sparsity.options import (
     Out,
     P,
     Packed,
+    Points,
     Ps,
     Quiet,
     RemoteCode,
     Replacement,
+    Rules,
     Scope,
     Seed,
     Text,
     Tokens,
     check_question,
+    check_rules,
 )
 from neuron_sparsity.parallel import launched
 from neuron_sparsity.terminal import given, one_flag_a_text, one_line_errors, prepare
@@ -212,6 +216,37 @@ def ablate(
         stats = run.record(result)
         removed = run.ablate(stats, p_percent=p, ranking=ranking, replacement=replacement, scope=scope, seed=seed)
     conclude(run.folder.path, None, None, removed, quiet=quiet, as_json=as_json)
+
+
+@app.command()
+@one_line_errors
+def pareto(
+    model: Model = DEFAULT_MODEL,
+    text: Text = None,
+    p: Ps = None,
+    rules: Rules = None,
+    points: Points = 6,
+    tokens: Tokens = DEFAULT_TOKENS,
+    out: Out = None,
+    n_ctx: NCtx = None,
+    bos: Bos = None,
+    packed: Packed = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    backend: Kernels = "auto",
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity against activation ratio under every rule, and which rule needs the fewest active neurons."""
+    percents = p or [1.0, 5.0, 10.0]
+    for percent in percents:
+        check_question(percent)
+    check_rules(rules, points)
+    with open_run(model, text, tokens, out, locals()) as run:
+        result = run.pareto(rules or [], p_percents=percents, n_points=points)
+    conclude_pareto(run.folder.path, result, quiet=quiet, as_json=as_json)
 
 
 @app.command()

@@ -22,6 +22,7 @@ from neuron_sparsity.terminal import printable
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
     from neuron_sparsity.corpus import Windows
+    from neuron_sparsity.pareto import ParetoResult
     from neuron_sparsity.pipeline import Run
     from neuron_sparsity.sparsity import SparsityResult
     from neuron_sparsity.statistics import NeuronStatistics
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_CORPUS",
     "conclude",
+    "conclude_pareto",
     "measured_on",
     "open_run",
     "print_json",
@@ -125,6 +127,22 @@ def conclude(
         say(line)
     page = folder / "report.html"
     say(f"report: {page}" if stats is not None and page.is_file() else f"run folder: {folder}")
+
+
+def conclude_pareto(folder: Path, result: ParetoResult, *, quiet: bool, as_json: bool) -> None:
+    """Draw the figure if matplotlib is there, and print what every rule needs."""
+    from neuron_sparsity.report import save_pareto_figure
+    from neuron_sparsity.summary import pareto_lines
+
+    drawn = save_pareto_figure(result, folder)
+    if as_json:
+        print_json(result.to_json())
+    elif not quiet:
+        for line in pareto_lines(result):
+            say(line)
+        figure = "not drawn, matplotlib is not installed (extra `notebooks`)" if not drawn else " and ".join(drawn)
+        say(f"figure: {figure}")
+        say(f"run folder: {folder}")
 
 
 def measured_on(model: str, corpus: dict[str, Any]) -> str:

@@ -25,16 +25,19 @@ __all__ = [
     "Out",
     "P",
     "Packed",
+    "Points",
     "Ps",
     "Quiet",
     "RemoteCode",
     "Replacement",
+    "Rules",
     "Scope",
     "Seed",
     "Text",
     "Tokens",
     "check_device",
     "check_question",
+    "check_rules",
     "check_sizes",
 ]
 
@@ -94,6 +97,13 @@ Calibration = Annotated[
 By = Annotated[
     str, typer.Option("--ranking", help="contribution, activation_frequency, maximum, weight_norm or random.")
 ]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rules", help="cett, fat, quantile, topk, topp or zeros; fat:s or fat:c for one score. Default: all on both."
+    ),
+]
+Points = Annotated[int, typer.Option("--points", help="Passes of each rule, evenly apart in activation ratio.")]
 Replacement = Annotated[str, typer.Option("--replacement", help="mean or zero.")]
 Scope = Annotated[str, typer.Option("--scope", help="Rank over the whole model, or within each layer: model or layer.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random rankings and controls.")]
@@ -116,6 +126,15 @@ def check_question(
     ):
         if value not in allowed:
             raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_rules(rules: list[str] | None, points: int) -> None:
+    """Refuse rules that there are not, before a model is loaded."""
+    from neuron_sparsity.rules import parse_rules
+
+    parse_rules(rules or [])
+    if points < 1:
+        raise ValueError(f"--points must be at least 1, got {points}")
 
 
 def check_sizes(options: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@
     ablate     -> ablation.json        searched on the calibration part, confirmed on the held-out part
     damage     -> damage.json          with damage.safetensors; of sparsity.json, or of ablation.json
     passage    -> passage.json         activity of every layer on every token of one window
+    pareto     -> pareto.json          every rule over a range of activation ratios; its passes in pareto-passes.json
     render     -> report.html          needs the folder only, never the model
 
 A step whose file is there already, for the same request, is not run again: an interrupted report goes on where it
@@ -27,10 +28,12 @@ from neuron_sparsity.corpus import Windows
 from neuron_sparsity.damage import DamageResult, damage
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.kernels import Backend
+from neuron_sparsity.pareto import ParetoResult, pareto
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import rank
 from neuron_sparsity.recorder import drop_finished, record
 from neuron_sparsity.report import Report, report
+from neuron_sparsity.rules import parse_rules
 from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsities
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, blaming, decode, read_json, write_json, write_tensors
@@ -208,6 +211,35 @@ class Run:
         write_json(path, activity.to_json() | thresholds)
         return activity
 
+    def pareto(self, rules: Sequence[str], *, p_percents: Sequence[float], n_points: int) -> ParetoResult:
+        """Measure perplexity against activation ratio under every rule, or read it if the folder has the same question.
+
+        Another question on the same text takes up the passes that were made for this one.
+        """
+        labels = [rule.label for rule in parse_rules(rules)]
+        asked = (labels, sorted(set(p_percents)), n_points, self.calibration.sha256)
+
+        def same(old: ParetoResult) -> bool:
+            labels = [curve.label for curve in old.curves]
+            return (labels, list(old.p_percents), old.n_points, old.corpus["sha256"]) == asked
+
+        found = self._found("pareto.json", ParetoResult.from_json, same)
+        if found is not None:
+            return found
+        result = pareto(
+            self.adapter,
+            self.calibration,
+            rules=rules,
+            p_percents=p_percents,
+            n_points=n_points,
+            folder=self.folder.path,
+            backend=self.backend,
+            batch_size=self.batch_size,
+            progress=self.progress,
+        )
+        write_json(self.folder.file("pareto.json"), result.to_json())
+        return result
+
     def _keep_windows(self, main: Windows) -> None:
         """Write the windows: `tokens` and `scored` are those of `sparsity.json`, or of the part that is searched.
 
@@ -260,7 +292,7 @@ class Run:
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
-    """Return what a run folder holds: `stats`, `result`, `removed`, `passage`; None for steps not taken.
+    """Return what a run folder holds: `stats`, `result`, `removed`, `passage`, `pareto`; None for steps not taken.
 
     Raises:
         RunFolderError: If it is no run folder, or a file in it is damaged or newer.
@@ -270,6 +302,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
         "result": ("sparsity.json", SparsityResult.from_json),
         "removed": ("ablation.json", AblationResult.from_json),
         "passage": ("passage.json", TokenActivity.from_json),
+        "pareto": ("pareto.json", ParetoResult.from_json),
     }
     found: dict[str, Any] = {"stats": NeuronStatistics.load(folder.path)}
     for key, (name, build) in builders.items():
@@ -324,7 +357,8 @@ def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:
     found = load_run(path) if found is None else found
     mend = "if a file in it was edited, delete that file and run its step again"
     with blaming(Path(path), "cannot be rendered", mend):
-        page = report(found["stats"], found["result"], found["removed"], passage=found["passage"])
+        parts = {"passage": found["passage"], "pareto": found.get("pareto")}
+        page = report(found["stats"], found["result"], found["removed"], **parts)
         page.save(Path(path) / "report.html")
     return page
 

@@ -7,11 +7,12 @@ import math
 from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.interval import Estimate
 from neuron_sparsity.laws import LawFit
+from neuron_sparsity.pareto import ParetoResult, RuleAnswer
 from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 
-__all__ = ["law_lines", "summary_lines"]
+__all__ = ["law_lines", "pareto_lines", "summary_lines"]
 
 
 def law_lines(fit: LawFit, source: str) -> list[str]:
@@ -42,6 +43,54 @@ def law_lines(fit: LawFit, source: str) -> list[str]:
         heldout = "too few points" if score.heldout_mse is None else f"MSE {score.heldout_mse:.3g}"
         lines.append(f"  {score.law:12} MSE {score.mse:.3g}  held out {heldout}  {score.formula}")
     return lines + [f"note: {warning}" for warning in fit.warnings]
+
+
+def pareto_lines(result: ParetoResult) -> list[str]:
+    """Return what every rule needs, as a table in plain lines, and which rule needs fewest.
+
+    Args:
+        result: What was measured.
+
+    Returns:
+        Lines without markup.
+    """
+    corpus, asked = result.corpus, result.p_percents
+    lines = [
+        f"{result.model.name} on {corpus['name']}: {corpus['n_tokens']:,} tokens in windows of {corpus['window']}; "
+        f"perplexity {result.ppl_dense:.3f} dense; {result.nonzero_ratio:.3f} of (token, neuron) pairs not exactly zero"
+    ]
+    for metric, name in (("ppl", "perplexity rises by"), ("kl", "KL divergence is, as a rise of perplexity,")):
+        lines.append(f"activation ratio at which {name}")
+        lines.append(f"  {'rule':16}" + "".join(f"{f'{p:g} %':24}" for p in asked).rstrip())
+        for curve in result.curves:
+            cells = [_needed(answer) for answer in curve.answers if answer.metric == metric]
+            if curve.rule == "zeros":
+                cells = [
+                    f"{curve.points[0].activation_ratio:.3f}, perplexity {curve.points[0].ppl_increase_percent:+.3f} %"
+                ]
+            lines.append(f"  {curve.label:16}" + "".join(f"{cell:24}" for cell in cells).rstrip())
+        dominant = result.dominant(metric)
+        for verdict in result.verdicts:
+            if verdict.metric != metric or verdict.first is None:
+                continue
+            unclear = verdict.not_apart
+            if unclear is None:
+                told = f"{corpus['n_windows']} windows are too few to tell it from others"
+            else:
+                told = f"not told by this text from {', '.join(unclear)}" if unclear else "told from every other"
+            lines.append(f"  fewest at {verdict.p_percent:g} %: {verdict.first}; {told}")
+        lines.append(f"  dominates at every p: {dominant or 'no rule that this text tells from all others'}")
+    made, cuts = result.cost["forward_passes"], result.cost["cuts"]
+    lines.append(f"cost: {made:.1f} forward passes, {cuts:g} different cuts")
+    return lines
+
+
+def _needed(answer: RuleAnswer) -> str:
+    if answer.activation_ratio is None:
+        return "not reached"
+    if answer.low is None or answer.high is None:
+        return f"{answer.activation_ratio:.3f}"
+    return f"{answer.activation_ratio:.3f} ({answer.low:.3f} to {answer.high:.3f})"
 
 
 def summary_lines(

@@ -123,13 +123,13 @@ def keep_freed_memory() -> None:
 def one_flag_a_text(arguments: list[str]) -> list[str]:
     """Let one `--text` take all that follows up to the next option: `--text a b` becomes `--text a --text b`.
 
-    So does `--calibration`.
+    So do `--calibration` and `--rules`.
     """
     expanded: list[str] = []
     flag, texts = "", 0
     for argument in arguments:
         if argument.startswith("-"):
-            flag, texts = (argument if argument in ("--text", "--calibration") else ""), 0
+            flag, texts = (argument if argument in ("--text", "--calibration", "--rules") else ""), 0
         elif flag:
             expanded += [flag] if texts else []
             texts += 1

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from neuron_sparsity.report._pareto import save_pareto_figure
 from neuron_sparsity.report.page import Report, build
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
+    from neuron_sparsity.pareto import ParetoResult
     from neuron_sparsity.recorder import NeuronStatistics
     from neuron_sparsity.sparsity import SparsityResult, TokenActivity
 
-__all__ = ["Report", "report"]
+__all__ = ["Report", "report", "save_pareto_figure"]
 
 
 def report(
@@ -24,6 +26,7 @@ def report(
     removed: AblationResult | None = None,
     *,
     passage: TokenActivity | None = None,
+    pareto: ParetoResult | None = None,
     title: str | None = None,
 ) -> Report:
     """Return one page that shows a run; it opens offline and sends no request.
@@ -33,6 +36,7 @@ def report(
         result: The CETT-PPL-p% search; without it, its sections say how to get it.
         removed: The removable set; without it, its section says how to get it.
         passage: Activation ratio of a passage, layer by token.
+        pareto: Perplexity against activation ratio under every rule; shown where it was measured.
         title: Title of the page; by default it names the model.
 
     Returns:
@@ -41,4 +45,4 @@ def report(
     Raises:
         ValueError: If the parts come from different models, or disagree in shape.
     """
-    return build(stats, result, removed, passage=passage, title=title)
+    return build(stats, result, removed, passage=passage, pareto=pareto, title=title)

@@ -27,6 +27,7 @@ from neuron_sparsity.report._text import join, visible
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
+    from neuron_sparsity.pareto import ParetoResult
     from neuron_sparsity.recorder import NeuronStatistics
     from neuron_sparsity.sparsity import SparsityResult, TokenActivity
 
@@ -102,15 +103,17 @@ def build(
     removed: AblationResult | None = None,
     *,
     passage: TokenActivity | None = None,
+    pareto: ParetoResult | None = None,
     title: str | None = None,
 ) -> Report:
     """Return the report of a run; see `neuron_sparsity.report.report`."""
-    _require_one_model(stats, result, removed)
+    _require_one_model(stats, result, removed, pareto)
     name = visible(title if title is not None else f"MLP neurons of {stats.model.name}")
     sections = [
         _summary(stats, result, removed),
         _how_sparse(result),
         _where(result, passage, layer_labels(stats)),
+        *_by_rule(pareto),
         _which(stats, result),
         _what_can_go(stats, removed),
         _how_measured(stats, result, removed),
@@ -163,6 +166,14 @@ def _where(result: SparsityResult | None, passage: TokenActivity | None, layers:
     return Section(
         "where", "Where?", "How activity spreads over layers and over the tokens of a passage.", tuple(fragments)
     )
+
+
+def _by_rule(pareto: ParetoResult | None) -> list[Section]:
+    """Only where it was measured: it costs a hundred passes, and most runs do without."""
+    if pareto is None:
+        return []
+    lead = "What each rule of activation sparsity needs to stay active, by one and the same perplexity code."
+    return [Section("rules", "By which rule?", lead, (views.pareto_curves(pareto), views.pareto_table(pareto)))]
 
 
 def _which(stats: NeuronStatistics, result: SparsityResult | None) -> Section:

@@ -33,6 +33,7 @@ from neuron_sparsity.report._damage import damage
 from neuron_sparsity.report._fragments import figure, heat, note, token_text, widget
 from neuron_sparsity.report._measured import definitions, measured
 from neuron_sparsity.report._neurons import class_counts, neuron_map
+from neuron_sparsity.report._pareto import pareto_curves, pareto_table
 from neuron_sparsity.report._summary import headline, summary
 from neuron_sparsity.report._text import count, join, number, percent_of, visible
 from neuron_sparsity.statistics import CONTEXT_BEFORE
@@ -54,6 +55,8 @@ __all__ = [
     "measured",
     "neuron_examples",
     "neuron_map",
+    "pareto_curves",
+    "pareto_table",
     "passage_map",
     "passage_tokens",
     "removable_layers",
