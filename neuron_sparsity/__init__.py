@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.laws import LawFit, fit_joint, fit_law, fit_scale, fit_width_depth
     from neuron_sparsity.perplexity import perplexity
     from neuron_sparsity.plan import Plan, plan
+    from neuron_sparsity.pruning import PrunedModel, prune
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
     from neuron_sparsity.report import report
@@ -60,6 +61,7 @@ __all__ = [
     "NeuronSparsityError",
     "NeuronStatistics",
     "Plan",
+    "PrunedModel",
     "RankError",
     "Ranking",
     "RunFolderError",
@@ -81,6 +83,7 @@ __all__ = [
     "load_model",
     "perplexity",
     "plan",
+    "prune",
     "rank",
     "record",
     "removable_neurons",
@@ -99,6 +102,7 @@ _MODULE_OF = {
     "NeuronSparsityError": "errors",
     "NeuronStatistics": "recorder",
     "Plan": "plan",
+    "PrunedModel": "pruning",
     "RankError": "errors",
     "Ranking": "ranking",
     "RunFolderError": "errors",
@@ -119,6 +123,7 @@ _MODULE_OF = {
     "load_model": "adapter",
     "perplexity": "perplexity",
     "plan": "plan",
+    "prune": "pruning",
     "rank": "ranking",
     "record": "recorder",
     "removable_neurons": "ablation",

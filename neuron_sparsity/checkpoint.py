@@ -65,8 +65,6 @@ def fitting_settings(
         >>> fitting_settings(GPT2LMHeadModel, GPT2Config(n_layer=2), wanted, 3072, [100, 100])
         ({'n_inner': 100}, {})
     """
-    if min(widths) < 1:
-        return None
     text = config.get_text_config()
     for bias in _bias_settings(text):
         for width in _width_settings(text, d_mlp, widths):

@@ -292,6 +292,7 @@ def fit(
 
 
 app.command()(commands.plan)
+app.command()(commands.prune)
 
 
 @app.command()

@@ -46,8 +46,8 @@ def model_card(record: Mapping[str, Any]) -> str:
         "## What it costs",
         *_cost(record["measured"]),
         "## Use",
-        '`AutoModelForCausalLM.from_pretrained("FOLDER")` of transformers loads it; no other code is needed. The licence '
-        "is that of the model it was made of.",
+        '`AutoModelForCausalLM.from_pretrained("FOLDER")` of transformers loads it; no other code is needed. The '
+        "licence is that of the model it was made of.",
         "## Made with",
         ", ".join(f"{package} {version}" for package, version in record["provenance"]["versions"].items()) + ".",
     ]
@@ -62,8 +62,8 @@ def _cost(measured: Mapping[str, Any] | None) -> list[str]:
     if heldout is not None:
         rows.append((f"held out: {_text(heldout['corpus'])}", f"{heldout['ppl_dense']:.4g}", _rise(heldout)))
     said = [
-        f"The weakest neurons by {measured['ranking']} (scope {measured['scope']}), as many as may go before perplexity "
-        f"rises by {measured['p_percent']:g} %.",
+        f"The weakest neurons by {measured['ranking']} (scope {measured['scope']}), as many as may go before "
+        f"perplexity rises by {measured['p_percent']:g} %.",
         _table(("text", "perplexity before", "rise"), rows),
     ]
     if control is not None:

@@ -8,8 +8,9 @@ is that of `ablate`, which replaces post-activations while the model runs:
     padded   every layer as wide as the one that keeps most; where one keeps less, it is filled up with zeros
     zeroed   every layer as wide as it was, with zeros in the place of what goes
 
-A neuron whose row of the down projection is zero adds zero, whatever its post-activation. Before a pruned model is
-returned, its logits are compared with those of the ablated one on a few tokens.
+A layer that keeps none is left with one neuron of zeros. A neuron whose row of the down projection is zero adds zero,
+whatever its post-activation. Before a pruned model is returned, its logits are compared with those of the ablated one
+on a few tokens.
 """
 
 from __future__ import annotations
@@ -40,9 +41,6 @@ __all__ = ["FORMS", "PrunedModel", "prune"]
 
 FORMS = ("auto", "cut", "padded", "zeroed")
 _FOLDABLE = ("zero", "mean")
-
-Widths = dict[int, int]
-"""Neurons of each block that has an MLP."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,7 +254,7 @@ def _refuse_dispatched(model: nn.Module) -> None:
 
 def _checked_mlps(model: Any) -> dict[int, MLP]:
     mlps = measured_mlps(model)
-    matrices = [matrix for mlp in mlps.values() for matrix in mlp.matrices]
+    matrices: list[Any] = [matrix for mlp in mlps.values() for matrix in mlp.matrices]
     if any(matrix.weight.is_meta or not matrix.weight.is_floating_point() for matrix in matrices):
         raise ModelError("the MLPs' weights are quantised or not loaded; load them in float32, bfloat16 or float16")
     if len({id(matrix.weight) for matrix in matrices}) < len(matrices):
@@ -304,25 +302,35 @@ def _fill(replacement: str, means: Tensor | None, mlps: Mapping[int, MLP]) -> di
     return dict(zip(mlps, means.detach().float().cpu(), strict=True))  # as `ablate` takes them
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A form, the widths it leaves, and the reason to take it."""
+
+    form: str
+    widths: dict[int, int]
+    reason: str
+
+
 def _made(
     source: Any, gone: Mapping[int, Tensor], fill: Mapping[int, Tensor], form: str, replacement: str
 ) -> dict[str, Any]:
     """Prune a copy, in the first form that a checkpoint can hold or else the last; return what is known of it."""
     kind, before = type(source).__name__, measured_mlps(source)
-    for name, widths, reason in _candidates(form, gone, before, kind):
-        pruned, downs, n_removed, n_zeroed = _taken_out(source, gone, widths)
-        fit = _fit(source, pruned, before, widths)
-        if fit is not None:
+    plans = _plans(form, gone, before, kind)
+    while True:
+        plan = plans.pop(0)
+        pruned, downs, n_removed, n_zeroed = _taken_out(source, gone, plan.widths)
+        fit = _fit(source, pruned, before, plan.widths)
+        if fit is not None or not plans:
             break
-    unsaveable = None if fit is not None else _no_width(kind, name, widths)
+    unsaveable = None if fit is not None else _no_width(kind, plan)
     n_added = 0
     if replacement == "mean":
         for block, mask in gone.items():
-            down = before[block].matrices[0]
-            rows = output_rows(down)[mask.to(down.weight.device)]
-            n_added += fold(downs[block], rows, fill[block][mask])
+            rows = output_rows(before[block].matrices[0])
+            n_added += fold(downs[block], rows[mask.to(rows.device)], fill[block][mask])
     if n_added and fit is not None:
-        fit = _fit(source, pruned, before, widths)
+        fit = _fit(source, pruned, before, plan.widths)
         unsaveable = None if fit is not None else _no_bias(kind)
     if fit is not None:
         settings, biases = fit
@@ -332,9 +340,9 @@ def _made(
     check_same_logits(shared_copy(source), pruned, gone, fill)
     return {
         "model": pruned,
-        "form": name,
-        "reason": reason,
-        "widths": widths,
+        "form": plan.form,
+        "reason": plan.reason,
+        "widths": plan.widths,
         "n_parameters_before": sum(parameter.numel() for parameter in source.parameters()),
         "n_parameters_removed": n_removed,
         "n_parameters_zeroed": n_zeroed,
@@ -343,28 +351,31 @@ def _made(
     }
 
 
-def _candidates(
-    form: str, gone: Mapping[int, Tensor], mlps: Mapping[int, MLP], kind: str
-) -> list[tuple[str, Widths, str]]:
-    """Return forms to try, with the widths they leave and the reason to take them."""
+def _plans(form: str, gone: Mapping[int, Tensor], mlps: Mapping[int, MLP], kind: str) -> list[_Plan]:
+    """Return what to try, the best first."""
     own = {block: mlp.d_mlp for block, mlp in mlps.items()}
-    keep = own | {block: int((~mask).sum()) for block, mask in gone.items()}
-    widest = max(1, *keep.values())
+    # Conv1D of transformers cannot be 0 wide: a layer that keeps none is left with one neuron of zeros.
+    keep = own | {block: max(1, int((~mask).sum())) for block, mask in gone.items()}
+    widest = max(keep.values())
     padded = {block: min(width, widest) for block, width in own.items()}
+    if form != "auto":
+        asked = {"cut": keep, "padded": padded, "zeroed": own}[form]
+        return [_Plan("zeroed" if asked == own else form, asked, "asked for")]
+    cut = _Plan("cut", keep, f"the configuration of {kind} can say what each layer keeps")
     if padded == own:
-        whole, why = [], f"a layer keeps all of its neurons, and a checkpoint of {kind} has one width"
-    else:
-        whole = [("padded", padded, f"layers keep {min(keep.values())} to {widest}, and a checkpoint has one width")]
-        why = f"the configuration of {kind} has no setting for the width of its MLPs"
-    found = [("cut", keep, "the configuration can say what every layer keeps"), *whole, ("zeroed", own, why)]
-    if form == "auto":
-        return found
-    asked = {"cut": keep, "padded": padded, "zeroed": own}[form]
-    return [("zeroed" if asked == own else form, asked, "asked for")]
+        return [
+            cut,
+            _Plan("zeroed", own, f"a layer keeps all of its neurons, and a checkpoint of {kind} has one width"),
+        ]
+    return [
+        cut,
+        _Plan("padded", padded, f"a checkpoint of {kind} has one width, and a layer keeps {widest}"),
+        _Plan("zeroed", own, f"the configuration of {kind} has no setting for the width of its MLPs"),
+    ]
 
 
 def _taken_out(
-    source: Any, gone: Mapping[int, Tensor], widths: Widths
+    source: Any, gone: Mapping[int, Tensor], widths: Mapping[int, int]
 ) -> tuple[Any, dict[int, nn.Module], int, int]:
     """Return a copy without the neurons, its down projections, and how many numbers are gone and are zero."""
     pruned = shared_copy(source)
@@ -374,22 +385,20 @@ def _taken_out(
     return pruned, downs, sum(removed for removed, _ in counts), sum(zeroed for _, zeroed in counts)
 
 
-def _fit(source: Any, pruned: Any, before: Mapping[int, MLP], widths: Widths) -> Any:
+def _fit(source: Any, pruned: Any, before: Mapping[int, MLP], widths: Mapping[int, int]) -> Any:
     """Return the settings under which the class of `source` has the tensors of `pruned`, or None."""
     shapes = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
     d_mlp = max(mlp.d_mlp for mlp in before.values())
     return fitting_settings(type(source), source.config, shapes, d_mlp, list(widths.values()))
 
 
-def _no_width(kind: str, form: str, widths: Widths) -> str:
-    least, most = min(widths.values()), max(widths.values())
-    if form == "zeroed":
+def _no_width(kind: str, plan: _Plan) -> str:
+    least, most = min(plan.widths.values()), max(plan.widths.values())
+    if plan.form == "zeroed":
         return f"{kind} with layers of {least} to {most} neurons cannot be built from its configuration"
     if least < most:
         what = f"layers keep {least} to {most} neurons, and a checkpoint of {kind} has one width"
         return f"{what}; form='padded' or 'zeroed' can be saved"
-    if most == 0:
-        return f"no layer keeps a neuron, and a checkpoint of {kind} has at least one; form='zeroed' can be saved"
     return f"the configuration of {kind} has no setting for the width of its MLPs; form='zeroed' can be saved"
 
 

@@ -161,7 +161,7 @@ def _count(mlp: MLP) -> int:
 
 
 def _keep(matrix: Any, index: Int[Tensor, " kept"], zero: Int[Tensor, " zeroed"], *, reads: bool) -> int:
-    """Keep some of the neurons that a matrix reads or writes, and set some of these to zero; return how many numbers."""
+    """Keep some of the neurons a matrix reads or writes, and set some of these to zero: return how many numbers."""
     dim = int(reads != _is_conv1d(matrix))
     parameters = {"weight": dim} if reads or matrix.bias is None else {"weight": dim, "bias": 0}
     n_zeroed = 0
