@@ -237,13 +237,11 @@ def _inside(adapter: MLPAdapter) -> tuple[Any, str, Any]:
         raise ModelError(f"the model inside cannot be pruned: {adapter.forward}; {mend}")
     _refuse_dispatched(inner)
     plain = shared_copy(unwrapped(inner))
-    saved = shapes_of(type(plain), plain.config)
-    for module_name, module in plain.named_modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            strange = ".".join(filter(None, (module_name, name))) not in saved
-            if strange and name == "bias" and not bool(buffer.any()):  # TransformerLens gives each unembedding a bias
-                delattr(module, name)
-                module.register_parameter(name, None)
+    for name in set(plain.state_dict()) - set(shapes_of(type(plain), plain.config)):
+        module = plain.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".bias") and not bool(module.bias.any()):  # TransformerLens gives each unembedding one
+            del module.bias  # type: ignore[union-attr]
+            module.register_parameter("bias", None)
     return plain, adapter.info.name, getattr(adapter.model, "tokenizer", None)
 
 
