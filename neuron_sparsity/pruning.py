@@ -146,7 +146,7 @@ def prune(
         The pruned model, with its form and the reason for it, and parameters counted exactly.
 
     Raises:
-        TypeError: If `model` is none of these.
+        TypeError: If `model` is none of these, or `neurons` holds anything but pairs of integers.
         ValueError: If there are no neurons, one does not exist or comes twice, `means` is missing or of another shape,
             or the result is of another model.
         ModelError: If the model has no dense MLPs, is quantised, dispatched or in compatibility mode, does not give the
@@ -214,8 +214,10 @@ def _checked_replacement(replacement: str | None, result: AblationResult | None)
 
 def _plain_model(model: Any) -> tuple[Any, str, Any]:
     """Return the Hugging Face model that is given or inside, its name, and its tokenizer if it is known."""
-    if isinstance(model, MLPAdapter) or all(hasattr(model, name) for name in ("blocks", "hooks", "cfg")):
-        return _inside(attach(model.model if isinstance(model, MLPAdapter) else model))
+    if isinstance(model, MLPAdapter):
+        return _inside(model if model.plain is not None else attach(model.model, name=model.info.name))
+    if all(hasattr(model, name) for name in ("blocks", "hooks", "cfg")):
+        return _inside(attach(model))
     if not (isinstance(model, nn.Module) and hasattr(model, "save_pretrained") and hasattr(model, "config")):
         raise TypeError(
             f"model must be a Hugging Face model, a TransformerBridge or an adapter, got {type(model).__name__}"
@@ -271,7 +273,10 @@ def _gone(pairs: Iterable[tuple[int, int]], mlps: Mapping[int, MLP]) -> dict[int
     """Which neurons go, by block, for the blocks that lose some."""
     masks = {block: torch.zeros(mlp.d_mlp, dtype=torch.bool) for block, mlp in mlps.items()}
     for pair in pairs:
-        layer, neuron = (operator.index(value) for value in pair)
+        try:
+            layer, neuron = map(operator.index, pair)
+        except (TypeError, ValueError):
+            raise TypeError(f"neurons are pairs (layer, neuron) of integers, got {pair!r}") from None
         if layer not in masks or not 0 <= neuron < len(masks[layer]):
             blocks, width = list(masks), len(masks.get(layer, masks[min(masks)]))
             raise ValueError(
@@ -317,11 +322,11 @@ def _made(
     plans = _plans(form, gone, before, kind)
     while True:
         plan = plans.pop(0)
-        pruned, downs, n_removed, n_zeroed = _taken_out(source, gone, plan.widths)
-        fit = _fit(source, pruned, before, plan.widths)
+        fit = _fit(source, _taken_out(shared_copy(source, meta=True), gone, plan.widths)[0], before, plan.widths)
         if fit is not None or not plans:
             break
     unsaveable = None if fit is not None else _no_width(kind, plan)
+    pruned, downs, n_removed, n_zeroed = _taken_out(shared_copy(source), gone, plan.widths)
     n_added = 0
     if replacement == "mean":
         for block, mask in gone.items():
@@ -373,14 +378,13 @@ def _plans(form: str, gone: Mapping[int, Tensor], mlps: Mapping[int, MLP], kind:
 
 
 def _taken_out(
-    source: Any, gone: Mapping[int, Tensor], widths: Mapping[int, int]
+    copied: Any, gone: Mapping[int, Tensor], widths: Mapping[int, int]
 ) -> tuple[Any, dict[int, nn.Module], int, int]:
-    """Return a copy without the neurons, its down projections, and how many numbers are gone and are zero."""
-    pruned = shared_copy(source)
-    mlps = measured_mlps(pruned)
+    """Take the neurons out of a copy; return it, its down projections, and how many numbers are gone and are zero."""
+    mlps = measured_mlps(copied)
     counts = [take_out(mlps[block], mask, widths[block]) for block, mask in gone.items()]
     downs = {block: mlp.matrices[0] for block, mlp in mlps.items()}
-    return pruned, downs, sum(removed for removed, _ in counts), sum(zeroed for _, zeroed in counts)
+    return copied, downs, sum(removed for removed, _ in counts), sum(zeroed for _, zeroed in counts)
 
 
 def _fit(source: Any, pruned: Any, before: Mapping[int, MLP], widths: Mapping[int, int]) -> Any:

@@ -27,8 +27,10 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, tor
 _PROBE = 16  # tokens
 
 
-def shared_copy(model: Any) -> Any:
+def shared_copy(model: Any, *, meta: bool = False) -> Any:
     """Return a model of its own in eval mode whose parameters share the memory of `model`'s; tied ones stay tied.
+
+    With `meta` they have shapes only, and take no memory.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -37,7 +39,9 @@ def shared_copy(model: Any) -> Any:
         (False, True)
     """
     shared: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        id(parameter): nn.Parameter(
+            parameter.detach().to("meta") if meta else parameter.detach(), requires_grad=parameter.requires_grad
+        )
         for parameter in model.parameters()
     }
     return copy.deepcopy(model, shared).eval()

@@ -437,6 +437,12 @@ def test_bad_neurons_and_options_are_refused(
         prune(tiny_hf_models("llama"), neurons, **options)
 
 
+@pytest.mark.parametrize("pair", [(0, 1, 2), (0, 1.5), "01", 7])
+def test_what_is_no_pair_is_refused(tiny_hf_models: Any, pair: Any) -> None:
+    with pytest.raises(TypeError, match=r"neurons are pairs \(layer, neuron\) of integers, got "):
+        prune(tiny_hf_models("opt"), [(0, 0), pair])
+
+
 def test_a_folder_that_holds_something_is_left_alone(tiny_hf_models: Any, tmp_path: Path) -> None:
     model = tiny_hf_models("llama")
     (tmp_path / "full").mkdir()
