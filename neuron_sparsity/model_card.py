@@ -66,6 +66,9 @@ def _cost(measured: Mapping[str, Any] | None) -> list[str]:
         f"perplexity rises by {measured['p_percent']:g} %.",
         _table(("text", "perplexity before", "rise"), rows),
     ]
+    if heldout is not None:
+        verdict = "holds" if heldout["holds"] else "does not hold"
+        said.append(f"On the held-out text, which the search never saw, {measured['p_percent']:g} % {verdict}.")
     if control is not None:
         said.append(f"As many random neurons of every layer cost {_rise(control)}.")
     return [*said, "What the removed neurons do on other text was not measured."]

@@ -35,7 +35,7 @@ from neuron_sparsity.model_info import WeightFacts
 from neuron_sparsity.placement import hook_of
 from neuron_sparsity.plain import output_rows, unwrapped
 from neuron_sparsity.store import provenance
-from neuron_sparsity.surgery import add_zero_biases, check_same_logits, fold, shared_copy, take_out
+from neuron_sparsity.surgery import add_zero_biases, check_same_logits, fold, is_quantised, shared_copy, take_out
 
 __all__ = ["FORMS", "PrunedModel", "prune"]
 
@@ -255,8 +255,8 @@ def _refuse_dispatched(model: nn.Module) -> None:
 def _checked_mlps(model: Any) -> dict[int, MLP]:
     mlps = measured_mlps(model)
     matrices: list[Any] = [matrix for mlp in mlps.values() for matrix in mlp.matrices]
-    if any(matrix.weight.is_meta or not matrix.weight.is_floating_point() for matrix in matrices):
-        raise ModelError("the MLPs' weights are quantised or not loaded; load them in float32, bfloat16 or float16")
+    if is_quantised(model) or any(matrix.weight.is_meta for matrix in matrices):
+        raise ModelError("the weights are quantised or not loaded; load them in float32, bfloat16 or float16")
     if len({id(matrix.weight) for matrix in matrices}) < len(matrices):
         raise ModelError("layers share the weights of one MLP, so that no neuron of a single layer can go")
     return mlps

@@ -20,7 +20,7 @@ from neuron_sparsity.errors import ModelError
 from neuron_sparsity.plain import relative_error
 from neuron_sparsity.weights import first_line
 
-__all__ = ["add_zero_biases", "check_same_logits", "fold", "shared_copy", "take_out"]
+__all__ = ["add_zero_biases", "check_same_logits", "fold", "is_quantised", "shared_copy", "take_out"]
 
 # Largest difference of the logits, relative to the largest logit: the same sums in another order.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -44,7 +44,18 @@ def shared_copy(model: Any, *, meta: bool = False) -> Any:
         )
         for parameter in model.parameters()
     }
-    return copy.deepcopy(model, shared).eval()
+    made = copy.deepcopy(model, shared).eval()
+    if getattr(made, "hf_quantizer", None) is not None and not is_quantised(made):
+        made.hf_quantizer.remove_quantization_config(made)  # or transformers would not save it
+    return made
+
+
+def is_quantised(model: Any) -> bool:
+    """Whether weights are anything but floating-point numbers; those of a GGUF file are unpacked when they are read."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "gguf")
+    unpacked = all(tensor.is_floating_point() for tensor in model.state_dict().values())
+    return getattr(method, "value", method) != "gguf" or not unpacked
 
 
 def take_out(mlp: MLP, gone: Bool[Tensor, " neuron"], width: int) -> tuple[int, int]:

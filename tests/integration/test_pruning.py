@@ -257,6 +257,7 @@ def test_a_result_brings_its_neurons_its_replacement_and_what_it_was_measured_on
         f"{result.control['ppl_increase_percent']:+.3f} %",
         f"{result.corpus['n_tokens']:,} tokens in windows of 32",
         f"| now | {count(again):,} |",
+        f"never saw, 5 % {'holds' if result.heldout['holds'] else 'does not hold'}.",
         "neuron_sparsity ",
     ):
         assert said in card, said
@@ -401,6 +402,23 @@ def test_tied_weights_types_and_generation_settings_are_kept(tmp_path: Path) -> 
     assert model.training
 
 
+def test_a_model_that_was_unpacked_from_a_gguf_file_is_saved(tmp_path: Path) -> None:
+    """transformers saves no model that it read from GGUF, although its weights are dense."""
+    gguf = pytest.importorskip("transformers.quantizers.quantizer_gguf")
+    model = tiny("Llama", **GATED)
+    model.config.quantization_config = hf.GgufConfig()
+    model.hf_quantizer = gguf.GgufHfQuantizer(model.config.quantization_config)
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "refused")
+    pruned = prune(model, EVEN, out=tmp_path / "out")
+    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert hf_loss(plainly(tmp_path / "out"), TOKENS) == pytest.approx(hf_loss(pruned.model, TOKENS), abs=1e-6)
+    assert model.hf_quantizer.quantization_config is model.config.quantization_config
+    model.hf_quantizer.quantization_config.quant_method = "fp8"
+    with pytest.raises(ModelError, match="the weights are quantised or not loaded"):
+        prune(model, EVEN)
+
+
 def test_means_become_a_constant_in_the_bias(tiny_hf_models: Any) -> None:
     """Worked by hand: two neurons of one layer, means 2 and -1."""
     model = tiny_hf_models("opt")
@@ -479,7 +497,7 @@ def test_models_whose_neurons_cannot_go_are_refused(tiny_hf_models: Any, tiny_mo
     integers = tiny_hf_models("opt")
     fc2 = integers.model.decoder.layers[0].fc2
     fc2.weight = torch.nn.Parameter(torch.zeros(fc2.weight.shape, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ModelError, match="the MLPs' weights are quantised or not loaded"):
+    with pytest.raises(ModelError, match="the weights are quantised or not loaded"):
         prune(integers, [(0, 1)])
     shared = tiny_hf_models("opt")
     shared.model.decoder.layers[1].fc2.weight = shared.model.decoder.layers[0].fc2.weight
