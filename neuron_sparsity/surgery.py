@@ -25,6 +25,7 @@ __all__ = ["add_zero_biases", "check_same_logits", "fold", "is_quantised", "shar
 # Largest difference of the logits, relative to the largest logit: the same sums in another order.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _PROBE = 16  # tokens
+_PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
 def shared_copy(model: Any, *, meta: bool = False) -> Any:
@@ -51,11 +52,14 @@ def shared_copy(model: Any, *, meta: bool = False) -> Any:
 
 
 def is_quantised(model: Any) -> bool:
-    """Whether weights are anything but floating-point numbers; those of a GGUF file are unpacked when they are read."""
+    """Whether weights are anything but numbers that can be taken one by one.
+
+    Those of a GGUF file mostly are: transformers unpacks them when it reads them.
+    """
     quantizer = getattr(model, "hf_quantizer", None)
     method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", "gguf")
-    unpacked = all(tensor.is_floating_point() for tensor in model.state_dict().values())
-    return getattr(method, "value", method) != "gguf" or not unpacked
+    packed = any(tensor.dtype in _PACKED and tensor.dim() > 1 for tensor in model.state_dict().values())
+    return packed or getattr(method, "value", method) != "gguf"
 
 
 def take_out(mlp: MLP, gone: Bool[Tensor, " neuron"], width: int) -> tuple[int, int]:
