@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.pareto import ParetoResult, pareto
     from neuron_sparsity.perplexity import perplexity
     from neuron_sparsity.plan import Plan, plan
+    from neuron_sparsity.pruning import PrunedModel, prune
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
     from neuron_sparsity.report import report
@@ -66,6 +67,7 @@ __all__ = [
     "NeuronStatistics",
     "ParetoResult",
     "Plan",
+    "PrunedModel",
     "RankError",
     "Ranking",
     "RunFolderError",
@@ -90,6 +92,7 @@ __all__ = [
     "pareto",
     "perplexity",
     "plan",
+    "prune",
     "rank",
     "record",
     "removable_neurons",
@@ -111,6 +114,7 @@ _MODULE_OF = {
     "NeuronStatistics": "recorder",
     "ParetoResult": "pareto",
     "Plan": "plan",
+    "PrunedModel": "pruning",
     "RankError": "errors",
     "Ranking": "ranking",
     "RunFolderError": "errors",
@@ -134,6 +138,7 @@ _MODULE_OF = {
     "pareto": "pareto",
     "perplexity": "perplexity",
     "plan": "plan",
+    "prune": "pruning",
     "rank": "ranking",
     "record": "recorder",
     "removable_neurons": "ablation",

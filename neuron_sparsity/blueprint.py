@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from neuron_sparsity.errors import ModelError
 from neuron_sparsity.weights import first_line, load_config
 
-__all__ = ["Blueprint", "blueprint", "draw"]
+__all__ = ["MLP", "Blueprint", "blueprint", "draw", "measured_mlps"]
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,29 @@ def draw(config: Any, *, name: str, trust_remote_code: bool = False) -> Blueprin
 
 
 @dataclass(frozen=True)
-class _MLP:
+class MLP:
+    """The matrices of one block's MLP.
+
+    Attributes:
+        d_model: Width of the residual stream.
+        d_mlp: Neurons.
+        gated: Whether there is a gate beside the up projection, apart or in one matrix with it.
+        matrices: The down projection, then what writes its input.
+    """
+
     d_model: int
     d_mlp: int
     gated: bool
     matrices: tuple[nn.Module, ...]
+
+
+def measured_mlps(model: nn.Module) -> dict[int, MLP]:
+    """Return the MLP of each block of a Hugging Face model that has one, by the block's index.
+
+    Raises:
+        ModelError: If there is none, or shapes do not tell which one is measured, or a block is a mixture of experts.
+    """
+    return _measured_stack(model)[1]
 
 
 def _on_meta(config: Any, name: str, trust_remote_code: bool) -> Any:
@@ -149,7 +167,7 @@ def _on_meta(config: Any, name: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _measured_stack(model: nn.Module) -> tuple[Sequence[nn.Module], dict[int, _MLP]]:
+def _measured_stack(model: nn.Module) -> tuple[Sequence[nn.Module], dict[int, MLP]]:
     """Return the decoder's blocks, and the MLP of each block that has one.
 
     Raises:
@@ -179,7 +197,7 @@ def _measured_stack(model: nn.Module) -> tuple[Sequence[nn.Module], dict[int, _M
     return list(found[0][0]), found[0][1]
 
 
-def _mlp_of(index: int, block: nn.Module, d_model: int) -> _MLP | None:
+def _mlp_of(index: int, block: nn.Module, d_model: int) -> MLP | None:
     """Return the MLP of a block, or None if it has none."""
     for module in block.modules():
         kind = type(module).__name__
@@ -196,7 +214,7 @@ def _mlp_of(index: int, block: nn.Module, d_model: int) -> _MLP | None:
         ups = [up for up, d_in, d_up in matrices if d_in == d_model and d_up == d_mlp]
         fused = [up for up, d_in, d_up in matrices if d_in == d_model and d_up == 2 * d_mlp]
         if (len(ups), len(fused)) in ((1, 0), (2, 0), (0, 1)):
-            found.append(_MLP(d_model, d_mlp, len(ups) != 1, (down, *ups, *fused)))
+            found.append(MLP(d_model, d_mlp, len(ups) != 1, (down, *ups, *fused)))
     # Beside its MLP a block may have paths of low rank (Gemma 3n, Gemma 4), narrower than the residual stream.
     found = [mlp for mlp in found if mlp.d_mlp > d_model] if len(found) > 1 else found
     if len(found) > 1:

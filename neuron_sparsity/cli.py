@@ -329,6 +329,7 @@ def fit(
 app.command()(commands.plan)
 app.command()(effect_commands.damage)
 app.command()(effect_commands.evaluate)
+app.command()(commands.prune)
 
 
 @app.command()

@@ -1,9 +1,10 @@
-"""Commands that measure nothing and keep no run folder; `cli` puts them beside the others."""
+"""Commands that measure nothing and write no run folder; `cli` puts them beside the others."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +17,7 @@ from neuron_sparsity.options import (
     Dtype,
     Model,
     NCtx,
+    Quiet,
     RemoteCode,
     Tokens,
     check_sizes,
@@ -26,8 +28,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from neuron_sparsity.plan import Plan
+    from neuron_sparsity.pruning import PrunedModel
 
-__all__ = ["plan", "show_plan", "size_text"]
+__all__ = ["plan", "prune", "show_plan", "size_text"]
 
 
 @one_line_errors
@@ -59,6 +62,68 @@ def plan(
         typer.echo(to_json_text(made.to_json()))
     else:
         show_plan(made)
+
+
+@one_line_errors
+def prune(
+    folder: Annotated[Path, typer.Argument(help="Run folder in which `ablate` or `report` found what can go.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint, empty or not there.")],
+    form: Annotated[
+        str,
+        typer.Option("--form", help="cut, padded or zeroed. Default: auto, the first of them a checkpoint can hold."),
+    ] = "auto",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Where the measured weights are. Default: where they were.")
+    ] = None,
+    trust_remote_code: RemoteCode = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take the removable neurons out of the weights, and write a checkpoint that transformers loads."""
+    import torch
+
+    from neuron_sparsity.checkpoint import check_vacant
+    from neuron_sparsity.errors import RunFolderError
+    from neuron_sparsity.pipeline import load_run
+    from neuron_sparsity.pruning import prune as prune_model
+    from neuron_sparsity.store import to_json_text
+    from neuron_sparsity.weights import load_weights
+
+    found = load_run(folder)
+    removed, stats = found["removed"], found["stats"]
+    if removed is None:
+        raise RunFolderError(f"{folder} has no ablation.json; find what can go with `neuron-sparsity ablate` first")
+    if removed.replacement == "mean" and stats.corpus["sha256"] != removed.ranking_corpus["sha256"]:
+        raise RunFolderError(f"{folder} has means of other text than ablation.json was made with; run `ablate` again")
+    check_vacant(out)
+    dtype = getattr(torch, removed.model.dtype, None)
+    if not isinstance(dtype, torch.dtype):
+        raise RunFolderError(
+            f"{folder / 'ablation.json'} is damaged (dtype {removed.model.dtype!r}); run `ablate` again"
+        )
+    _, plain, tokenizer = load_weights(
+        model or removed.model.name, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code
+    )
+    pruned = prune_model(plain, removed, means=stats.mean_activation, form=form, out=out, tokenizer=tokenizer)
+    if as_json:
+        typer.echo(to_json_text({"folder": str(out)} | pruned.to_json()))
+    elif not quiet:
+        for line in (*_pruned_lines(pruned), f"checkpoint: {out}"):
+            typer.echo(printable(line))
+
+
+def _pruned_lines(pruned: PrunedModel) -> list[str]:
+    measured = pruned.measured or {}
+    corpus = measured["corpus"]
+    return [
+        f"{pruned.source['name']}: {len(pruned.neurons):,} of {pruned.n_neurons:,} neurons taken out, "
+        f"{pruned.replacement} replacement; {pruned.form} ({pruned.reason})",
+        f"parameters: {pruned.n_parameters_before:,} before, {pruned.n_parameters:,} now "
+        f"({pruned.n_parameters_removed:,} gone, {pruned.n_parameters_added:,} new in biases); "
+        f"{pruned.n_parameters_zeroed:,} are zero in the place of what went",
+        f"perplexity: {measured['ppl_increase_percent']:+.3f} % on {corpus['name']}, {corpus['n_tokens']:,} tokens in "
+        f"windows of {corpus['window']}, as measured by ablation",
+    ]
 
 
 def show_plan(plan: Plan) -> None:
