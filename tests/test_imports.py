@@ -48,6 +48,7 @@ ROOMS = [
     "cett_search",
     "sparsity",
     "saliency",
+    "scores",
     "ranking",
     "replacement",
     "greedy",
