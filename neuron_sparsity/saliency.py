@@ -99,10 +99,9 @@ class NeuronSaliency:
         """Mean of `z`: what mean replacement puts in."""
         return self.activation_sum / self.n_tokens
 
-    @property
-    def predicted_rise(self) -> Float[Tensor, "layer neuron"]:
-        """Rise of the mean loss, in nats, if the neuron were zero on every token: first order, signed."""
-        return -self.product_sum / self.n_scored
+    def predicted_rise(self, constant: Float[Tensor, "layer neuron"] | float = 0.0) -> Float[Tensor, "layer neuron"]:
+        """Return the rise of the mean loss, in nats, if a neuron were `constant` on every token: first order, signed."""
+        return (torch.as_tensor(constant) * self.gradient_sum - self.product_sum) / self.n_scored
 
     def fisher(self, constant: Float[Tensor, "layer neuron"] | float = 0.0) -> Float[Tensor, "layer neuron"]:
         """Return the mean over tokens of `((z - constant) g)^2`, exactly, from the sums.
@@ -113,10 +112,6 @@ class NeuronSaliency:
         a = torch.as_tensor(constant, dtype=torch.float64)
         total = self.product_sq_sum - 2 * a * self.product_gradient_sum + a**2 * self.gradient_sq_sum
         return total.clamp_min(0) / self.n_tokens  # a difference of sums may round to below 0
-
-    def predicted_rise_with(self, constant: Float[Tensor, "layer neuron"]) -> Float[Tensor, "layer neuron"]:
-        """Return the same rise with a constant of your own in the neuron's place."""
-        return (constant.double() * self.gradient_sum - self.product_sum) / self.n_scored
 
     def save(self, folder: str | Path) -> None:
         """Write `saliency.safetensors` into a folder.
