@@ -31,12 +31,14 @@ if TYPE_CHECKING:
         RankError,
         RunFolderError,
     )
+    from neuron_sparsity.greedy import refine
     from neuron_sparsity.laws import LawFit, fit_joint, fit_law, fit_scale, fit_width_depth
     from neuron_sparsity.perplexity import perplexity
     from neuron_sparsity.plan import Plan, plan
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
     from neuron_sparsity.report import report
+    from neuron_sparsity.saliency import NeuronSaliency, saliency
     from neuron_sparsity.sparsity import (
         Estimate,
         SparsityResult,
@@ -58,6 +60,7 @@ __all__ = [
     "MeasurementError",
     "ModelError",
     "NeuronSparsityError",
+    "NeuronSaliency",
     "NeuronStatistics",
     "Plan",
     "RankError",
@@ -83,8 +86,10 @@ __all__ = [
     "plan",
     "rank",
     "record",
+    "refine",
     "removable_neurons",
     "report",
+    "saliency",
     "sparsify",
     "token_activity",
 ]
@@ -97,6 +102,7 @@ _MODULE_OF = {
     "MeasurementError": "errors",
     "ModelError": "errors",
     "NeuronSparsityError": "errors",
+    "NeuronSaliency": "saliency",
     "NeuronStatistics": "recorder",
     "Plan": "plan",
     "RankError": "errors",
@@ -121,8 +127,10 @@ _MODULE_OF = {
     "plan": "plan",
     "rank": "ranking",
     "record": "recorder",
+    "refine": "greedy",
     "removable_neurons": "ablation",
     "report": "report",
+    "saliency": "saliency",
     "sparsify": "sparsity",
     "token_activity": "sparsity",
 }

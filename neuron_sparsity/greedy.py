@@ -100,12 +100,13 @@ def refine(
                 progress=progress,
                 label=f"gradients without {int(gone.sum())} neurons",
             )
-            found = replace(found, **sums)  # moments of z stay those of the dense model: a mean is the one put in
+            # Moments of z stay those of the dense model: a mean is the one that is put in.
+            found = replace(found, **sums)  # type: ignore[arg-type]
             rest = _left(rank(found, by=by, scope=scope), gone)
     order = torch.cat([*chosen, rest])
     places = torch.empty(means.shape, dtype=torch.float64)
     places[order[:, 0], order[:, 1]] = torch.arange(n_neurons, dtype=torch.float64)
-    name = f"{by}, {n_rounds} rounds to {n_remove}, {replacement}"
+    name = f"{by} refined to {n_remove} in {n_rounds} ({replacement})"
     return Ranking(name, "model", places, means, adapter.info, first.corpus)
 
 

@@ -100,7 +100,7 @@ class NeuronSaliency:
         return self.activation_sum / self.n_tokens
 
     def predicted_rise(self, constant: Float[Tensor, "layer neuron"] | float = 0.0) -> Float[Tensor, "layer neuron"]:
-        """Return the rise of the mean loss, in nats, if a neuron were `constant` on every token: first order, signed."""
+        """Return the rise of the mean loss in nats if a neuron were `constant` on every token: first order, signed."""
         return (torch.as_tensor(constant) * self.gradient_sum - self.product_sum) / self.n_scored
 
     def fisher(self, constant: Float[Tensor, "layer neuron"] | float = 0.0) -> Float[Tensor, "layer neuron"]:

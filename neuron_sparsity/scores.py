@@ -18,10 +18,10 @@ from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.saliency import NeuronSaliency
 from neuron_sparsity.statistics import NeuronStatistics
 
-__all__ = ["DEFAULT_RANKING", "RANKINGS", "Measured", "Score"]
+__all__ = ["DEFAULT_RANKING", "RANKINGS", "Measured", "Score", "best_ranking"]
 
-DEFAULT_RANKING = "fisher"
-"""The one that lets most neurons go (docs/ablation.md has the table)."""
+DEFAULT_RANKING = "fisher_mean"
+"""The one that lets most neurons go, replaced by their means (benchmarks/results/rankings.csv has the table)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ class Measured:
 
     def source(self, needs: str) -> NeuronStatistics | NeuronSaliency:
         """Return what a score was taken from, whose text and means are the ranking's."""
-        return {"statistics": self.recorded, "saliency": self.gradients}.get(needs, lambda: self.either)()
+        if needs == "saliency":
+            return self.gradients()
+        return self.recorded() if needs == "statistics" else self.either
 
     def recorded(self) -> NeuronStatistics:
         """Return the recording.
@@ -172,3 +174,19 @@ RANKINGS: dict[str, Score] = {
     ),
 }
 """Name -> what the score is, and how it comes from what was measured."""
+
+
+def best_ranking(replacement: str, *, gradients: bool = True) -> str:
+    """Return the ranking that lets most neurons go under a replacement (benchmarks/results/rankings.csv).
+
+    Args:
+        replacement: What takes a neuron's place.
+        gradients: Whether there can be a saliency pass.
+
+    Example:
+        >>> best_ranking("mean"), best_ranking("zero"), best_ranking("mean", gradients=False)
+        ('fisher_mean', 'fisher', 'fluctuation')
+    """
+    if not gradients:
+        return "rms" if replacement == "zero" else "fluctuation"
+    return "fisher" if replacement == "zero" else DEFAULT_RANKING

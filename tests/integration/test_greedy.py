@@ -58,7 +58,7 @@ def test_two_rounds_are_two_steps_by_hand(
 def test_one_round_is_the_plain_ranking(model: Any, windows: Windows, first: NeuronSaliency) -> None:
     ranking = refine(model, windows, first, n_remove=30, n_rounds=1, by="taylor")
     assert torch.equal(ranking.order(), rank(first, by="taylor").order())
-    assert ranking.by == "taylor, 1 rounds to 30, zero"
+    assert ranking.by == "taylor refined to 30 in 1 (zero)"
 
 
 @pytest.mark.parametrize("scope", ["model", "layer"])
@@ -81,9 +81,7 @@ def test_all_neurons_may_go(model: Any, windows: Windows, first: NeuronSaliency)
     assert len(set(ranking.weakest(128))) == 128
 
 
-def test_the_first_saliency_is_measured_if_it_is_not_given(
-    model: Any, windows: Windows, first: NeuronSaliency
-) -> None:
+def test_the_first_saliency_is_measured_if_it_is_not_given(model: Any, windows: Windows, first: NeuronSaliency) -> None:
     given, measured = (refine(model, windows, one, n_remove=20, n_rounds=2) for one in (first, None))
     assert torch.equal(given.order()[:20], measured.order()[:20])
 

@@ -34,9 +34,11 @@ BY_HAND = {
 
 
 def saliency_of(z: Tensor, g: Tensor, **changes: Any) -> NeuronSaliency:
-    """Sums over [token, layer, neuron]; every neuron's norm over that of the residual stream is 1/2, its L1 norm 3/4."""
+    """Sums over [token, layer, neuron]; each neuron's norm over that of the residual stream is 1/2, its L1 norm 3/4."""
     z, g = z.double(), g.double()
-    info = ModelInfo("hand-made", z.shape[1], 8, z.shape[2], "silu", True, "float32", "as loaded", "none", (0, 2), "f00d")
+    info = ModelInfo(
+        "hand-made", z.shape[1], 8, z.shape[2], "silu", True, "float32", "as loaded", "none", (0, 2), "f00d"
+    )
     product, centred = z * g, (z - z.mean(0)) * g
     fields: dict[str, Any] = {
         "model": info,
