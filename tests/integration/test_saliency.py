@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from neuron_sparsity import saliency as module
 from neuron_sparsity.ablation import ablate
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.corpus import Windows
@@ -21,6 +21,7 @@ from neuron_sparsity.recorder import record
 from neuron_sparsity.saliency import NeuronSaliency, loss_gradients, measure_gradients, saliency
 from neuron_sparsity.scores import RANKINGS
 
+module = importlib.import_module("neuron_sparsity.saliency")  # `ns.saliency` is the function
 MODELS = ("llama", "gpt2-compat", "opt", "neox", "hooked-relu", "hooked-silu")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

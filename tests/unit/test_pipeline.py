@@ -223,7 +223,7 @@ def test_gradients_of_other_text_are_measured_again(run: Callable[..., Run], pas
     assert first.saliency().corpus == found.corpus
     assert passes == ["saliency", "saliency"]
     first.folder.file("saliency.safetensors").write_bytes(b"nothing")
-    with pytest.raises(RunFolderError, match="saliency.safetensors cannot be read"):
+    with pytest.raises(RunFolderError, match=r"saliency\.safetensors cannot be read"):
         first.saliency()
 
 
