@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         RankError,
         RunFolderError,
     )
+    from neuron_sparsity.greedy import refine
     from neuron_sparsity.laws import LawFit, fit_joint, fit_law, fit_scale, fit_width_depth
     from neuron_sparsity.pareto import ParetoResult, pareto
     from neuron_sparsity.perplexity import perplexity
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
     from neuron_sparsity.report import report
+    from neuron_sparsity.saliency import NeuronSaliency, saliency
     from neuron_sparsity.sparsity import (
         Estimate,
         SparsityResult,
@@ -64,6 +66,7 @@ __all__ = [
     "MeasurementError",
     "ModelError",
     "NeuronSparsityError",
+    "NeuronSaliency",
     "NeuronStatistics",
     "ParetoResult",
     "Plan",
@@ -95,8 +98,10 @@ __all__ = [
     "prune",
     "rank",
     "record",
+    "refine",
     "removable_neurons",
     "report",
+    "saliency",
     "sparsify",
     "token_activity",
 ]
@@ -111,6 +116,7 @@ _MODULE_OF = {
     "MeasurementError": "errors",
     "ModelError": "errors",
     "NeuronSparsityError": "errors",
+    "NeuronSaliency": "saliency",
     "NeuronStatistics": "recorder",
     "ParetoResult": "pareto",
     "Plan": "plan",
@@ -141,8 +147,10 @@ _MODULE_OF = {
     "prune": "pruning",
     "rank": "ranking",
     "record": "recorder",
+    "refine": "greedy",
     "removable_neurons": "ablation",
     "report": "report",
+    "saliency": "saliency",
     "sparsify": "sparsity",
     "token_activity": "sparsity",
 }

@@ -25,6 +25,7 @@ from neuron_sparsity.console import (
 from neuron_sparsity.options import (
     DEFAULT_MODEL,
     DEFAULT_TOKENS,
+    RANKINGS,
     AsJson,
     BatchSize,
     Bos,
@@ -81,7 +82,7 @@ def report(
     metric: Metric = "ppl",
     tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
-    ranking: By = "contribution",
+    ranking: By = None,
     replacement: Replacement = "mean",
     scope: Scope = "model",
     n_ctx: NCtx = None,
@@ -194,7 +195,7 @@ def ablate(
     p: P = 1.0,
     tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
-    ranking: By = "contribution",
+    ranking: By = None,
     replacement: Replacement = "mean",
     scope: Scope = "model",
     n_ctx: NCtx = None,
@@ -254,7 +255,7 @@ def pareto(
 def rank(
     folder: Annotated[Path, typer.Argument(help="Run folder with a recording.")],
     by: Annotated[
-        str, typer.Option("--by", help="contribution, activation_frequency, maximum, weight_norm or random.")
+        str, typer.Option("--by", help=f"{', '.join(RANKINGS)}; from wanda on, after `ablate` by such a one.")
     ] = "contribution",
     weakest: Annotated[
         int | None, typer.Option("--weakest", help="How many of the weakest to list. Default: 20.")
@@ -267,15 +268,17 @@ def rank(
     as_json: AsJson = False,
 ) -> None:
     """List the weakest (or strongest) neurons of a recording."""
-    from neuron_sparsity.ranking import RANKINGS as DEFINITIONS
     from neuron_sparsity.ranking import rank as rank_neurons
+    from neuron_sparsity.saliency import NeuronSaliency
+    from neuron_sparsity.scores import RANKINGS as DEFINITIONS
     from neuron_sparsity.statistics import NeuronStatistics
     from neuron_sparsity.store import RunFolder
 
     if weakest is not None and strongest is not None:
         raise typer.BadParameter("give --weakest or --strongest, not both")
     stats = NeuronStatistics.load(RunFolder(folder).path)
-    ranking = rank_neurons(stats, by=by, scope=scope, seed=seed)  # type: ignore[call-overload]
+    gradients = NeuronSaliency.load(folder) if by in DEFINITIONS and DEFINITIONS[by].needs == "saliency" else None
+    ranking = rank_neurons(stats, by=by, saliency=gradients, scope=scope, seed=seed)  # type: ignore[call-overload]
     neurons = (
         ranking.strongest(strongest) if strongest is not None else ranking.weakest(20 if weakest is None else weakest)
     )
@@ -286,11 +289,17 @@ def rank(
     ]
     if as_json:
         print_json(
-            {"by": by, "scope": scope, "definition": DEFINITIONS[by][0], "corpus": stats.corpus, "neurons": listed}
+            {
+                "by": by,
+                "scope": scope,
+                "definition": DEFINITIONS[by].definition,
+                "corpus": ranking.corpus,
+                "neurons": listed,
+            }
         )
         return
     which = "strongest" if strongest is not None else "weakest"
-    say(f"{which} by {DEFINITIONS[by][0]}; {measured_on(stats.model.name, stats.corpus)}")
+    say(f"{which} by {DEFINITIONS[by].definition}; {measured_on(stats.model.name, ranking.corpus)}")
     for entry in listed:
         typer.echo(f"layer {entry['layer']:>3}  neuron {entry['neuron']:>6}  {entry['score']:.4g}")
 

@@ -43,7 +43,22 @@ __all__ = [
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_TOKENS = 12_288
-RANKINGS = ("contribution", "activation_frequency", "maximum", "weight_norm", "random")
+RANKINGS = (
+    "contribution",
+    "rms",
+    "fluctuation",
+    "maximum",
+    "activation_frequency",
+    "weight_norm",
+    "random",
+    "wanda",
+    "residual",
+    "residual_rms",
+    "taylor",
+    "taylor_mean",
+    "fisher",
+    "fisher_mean",
+)
 REPLACEMENTS = ("mean", "zero")
 
 Model = Annotated[
@@ -95,7 +110,8 @@ Calibration = Annotated[
     ),
 ]
 By = Annotated[
-    str, typer.Option("--ranking", help="contribution, activation_frequency, maximum, weight_norm or random.")
+    str | None,
+    typer.Option("--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean; with zero replacement, fisher."),
 ]
 Rules = Annotated[
     list[str] | None,
@@ -113,7 +129,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Machine-readable result on
 
 
 def check_question(
-    p: float, ranking: str = "contribution", replacement: str = "mean", scope: str = "model", metric: str = "ppl"
+    p: float, ranking: str | None = None, replacement: str = "mean", scope: str = "model", metric: str = "ppl"
 ) -> None:
     """Refuse what no later step would take, before the first step has taken an hour."""
     if not (math.isfinite(p) and p > 0):
@@ -124,7 +140,7 @@ def check_question(
         ("--scope", scope, ("model", "layer")),
         ("--metric", metric, ("ppl", "kl")),
     ):
-        if value not in allowed:
+        if value not in allowed and value is not None:
             raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
 
 

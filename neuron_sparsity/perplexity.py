@@ -127,10 +127,13 @@ def token_losses(
     return parallel.total({"losses": losses})["losses"]  # each rank's windows, and zeros elsewhere
 
 
-def default_batch_size(adapter: MLPAdapter, window: int) -> int:
-    """Return how many windows fit a forward pass: a fifth of the free memory, within what is fast."""
+def default_batch_size(adapter: MLPAdapter, window: int, *, kept_layers: int = 1) -> int:
+    """Return how many windows fit a pass: a fifth of the free memory, within what is fast.
+
+    A pass for gradients keeps the activations of all layers at once: `kept_layers` is how many.
+    """
     info, heads = adapter.info, int(getattr(adapter.model.cfg, "n_heads", 1) or 1)
-    per_token = 4 * (4 * info.d_mlp + 16 * info.d_model + 3 * heads * window)
+    per_token = 4 * kept_layers * (4 * info.d_mlp + 16 * info.d_model + 3 * heads * window)
     devices = adapter.devices
     # Offloaded weights are read anew for every batch, which costs more than a few thousand tokens do.
     limit = 16_384 if adapter.offloaded else _BATCH_TOKENS.get(devices[0].type, 4096)

@@ -2,6 +2,7 @@
 
     sparsity   -> sparsity.json        CETT-PPL-p% on the calibration part
     record     -> statistics.safetensors
+    saliency   -> saliency.safetensors on the calibration part, where the ranking needs gradients
     ablate     -> ablation.json        searched on the calibration part, confirmed on the held-out part
     damage     -> damage.json          with damage.safetensors; of sparsity.json, or of ablation.json
     passage    -> passage.json         activity of every layer on every token of one window
@@ -30,10 +31,12 @@ from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.kernels import Backend
 from neuron_sparsity.pareto import ParetoResult, pareto
 from neuron_sparsity.perplexity import Progress
-from neuron_sparsity.ranking import rank
+from neuron_sparsity.ranking import Ranking, rank
 from neuron_sparsity.recorder import drop_finished, record
 from neuron_sparsity.report import Report, report
 from neuron_sparsity.rules import parse_rules
+from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency, saliency
+from neuron_sparsity.scores import RANKINGS, best_ranking
 from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsities
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, blaming, decode, read_json, write_json, write_tensors
@@ -157,18 +160,56 @@ class Run:
             progress=self.progress,
         )
 
+    def saliency(self) -> NeuronSaliency:
+        """Measure gradients on the calibration part, or read them if they are there."""
+        path = self.folder.file(SALIENCY_FILE)
+        if self.folder.has(SALIENCY_FILE):
+            found = NeuronSaliency.load(self.folder.path)
+            measured = decode(path, lambda: (found.model.fingerprint, found.corpus["sha256"]))
+            if measured == (self.adapter.info.fingerprint, self.calibration.sha256):
+                return found
+        return saliency(
+            self.adapter,
+            self.calibration,
+            folder=self.folder.path,
+            batch_size=self.batch_size,
+            progress=self.progress,
+        )
+
+    def default_ranking(self, replacement: str) -> str:
+        """Return the ranking that lets most neurons go; of those without gradients where weights are away."""
+        return best_ranking(replacement, gradients=not self.adapter.offloaded)
+
+    def ranked_on(self, stats: NeuronStatistics, ranking: str) -> str:
+        """Return the hash of the text that a ranking is, or will be, made on."""
+        found: str = self.calibration.sha256 if RANKINGS[ranking].needs == "saliency" else stats.corpus["sha256"]
+        return found
+
+    def rank(self, stats: NeuronStatistics, ranking: str, scope: str, seed: int) -> Ranking:
+        """Rank the neurons, by gradients where the ranking needs them."""
+        gradients = self.saliency() if RANKINGS[ranking].needs == "saliency" else None
+        return rank(stats, by=ranking, saliency=gradients, scope=scope, seed=seed)  # type: ignore[call-overload,no-any-return]
+
     def ablate(
-        self, stats: NeuronStatistics, *, p_percent: float, ranking: str, replacement: str, scope: str, seed: int
+        self,
+        stats: NeuronStatistics,
+        *,
+        p_percent: float,
+        replacement: str,
+        scope: str,
+        seed: int,
+        ranking: str | None = None,
     ) -> AblationResult:
         """Find what can go for good, or read it if the folder has it for the same question."""
-        asked = (p_percent, ranking, replacement, scope, seed, self.calibration.sha256, stats.corpus["sha256"])
+        ranking = ranking or self.default_ranking(replacement)
+        asked = (p_percent, ranking, replacement, scope, seed, self.calibration.sha256, self.ranked_on(stats, ranking))
         found = self._found("ablation.json", AblationResult.from_json, lambda old: _question(old) == asked)
         if found is not None:
             return found
         removed = removable_neurons(
             self.adapter,
             self.calibration,
-            rank(stats, by=ranking, scope=scope, seed=seed),  # type: ignore[call-overload]
+            self.rank(stats, ranking, scope, seed),
             p_percent=p_percent,
             replacement=replacement,
             heldout=self.confirmation,

@@ -1,4 +1,4 @@
-"""Scores of neurons and their order, weakest first.
+"""The order of neurons by a score (`scores` has them), weakest first.
 
 No ranking is better than another by its name: layers live on different scales, so that the plain mean contribution,
 ranked over a whole model, can do worse than chance. `ablation` measures each against a random control.
@@ -8,44 +8,22 @@ ranked over a whole model, can do worse than chance. `ablation` measures each ag
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from neuron_sparsity import kernels
 from neuron_sparsity.adapter import ModelInfo, attach
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.saliency import NeuronSaliency
+from neuron_sparsity.scores import DEFAULT_RANKING, RANKINGS, Measured
 from neuron_sparsity.statistics import NeuronStatistics
 
 __all__ = ["RANKINGS", "Ranking", "TokenRanking", "rank"]
-
-
-def _random(stats: NeuronStatistics, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(stats.zero_count.shape, generator=generator, dtype=torch.float64)
-
-
-def _frequency(stats: NeuronStatistics, seed: int) -> Tensor:
-    if not stats.threshold_names:
-        raise ValueError(
-            "by='activation_frequency' needs statistics recorded under thresholds; "
-            "record(model, corpus, thresholds={result.name: result.thresholds})"
-        )
-    return stats.activation_frequency(0)
-
-
-RANKINGS: dict[str, tuple[str, Callable[[NeuronStatistics, int], Tensor]]] = {
-    "contribution": ("mean of |z| * ||W_out||", lambda stats, seed: stats.mean_contribution),
-    "activation_frequency": ("share of tokens with the contribution above the layer's threshold", _frequency),
-    "maximum": ("largest contribution on any token", lambda stats, seed: stats.contribution_max.double()),
-    "weight_norm": ("||W_out||", lambda stats, seed: stats.w_norm.double()),
-    "random": ("uniform random numbers, the control", _random),
-}
-"""Name -> what the score is, and how it comes from statistics and seed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,9 +121,11 @@ class TokenRanking:
 
 @overload
 def rank(
-    stats: NeuronStatistics,
+    stats: NeuronStatistics | NeuronSaliency,
     *,
-    by: str = ...,
+    by: str | ArrayLike | None = ...,
+    name: str | None = ...,
+    saliency: NeuronSaliency | None = ...,
     scope: Literal["model", "layer"] = ...,
     seed: int = ...,
     per_token: Literal[False] = ...,
@@ -170,7 +150,9 @@ def rank(
     stats: Any,
     windows: Windows | None = None,
     *,
-    by: str = "contribution",
+    by: str | ArrayLike | None = None,
+    name: str | None = None,
+    saliency: NeuronSaliency | None = None,
     scope: Literal["model", "layer"] = "model",
     seed: int = 0,
     per_token: bool = False,
@@ -179,9 +161,12 @@ def rank(
     """Return the neurons of a model ranked by a score, weakest first; or, `per_token`, those of each token.
 
     Args:
-        stats: What was recorded; with `per_token`, the TransformerLens model or adapter.
+        stats: What `record` or `saliency` returned; with `per_token`, the TransformerLens model or adapter.
         windows: With `per_token`, the corpus the passage is from.
-        by: `"contribution"`, `"activation_frequency"`, `"maximum"`, `"weight_norm"` or `"random"`.
+        by: A name in `RANKINGS`, which says what each is; or scores of your own, [layer, neuron], the smallest to go
+            first. If None, `"contribution"` of statistics, `DEFAULT_RANKING` of a saliency.
+        name: What scores of your own are called.
+        saliency: What `saliency` returned, for the scores that need gradients, if `stats` are statistics.
         scope: Over the whole model, or within each layer.
         seed: For `"random"`.
         per_token: Rank by the contribution on each token of a passage, within each layer.
@@ -194,30 +179,77 @@ def rank(
 
     Raises:
         TypeError: If an argument of a passage comes without `per_token`.
-        ValueError: If the name or the scope is unknown, a score is NaN, the statistics lack what it needs, `windows`
-            is missing or given in vain, there is no such window, k is out of range, or tokens are to be ranked by
-            anything but the contribution within a layer.
+        ValueError: If the name or the scope is unknown, a score is NaN or their shape is wrong, what was measured
+            lacks what the score needs, statistics and saliency are of different models, `windows` is missing or given
+            in vain, there is no such window, k is out of range, or tokens are to be ranked by anything but the
+            contribution within a layer.
     """
     if per_token:
         if windows is None:
             raise ValueError("per_token=True ranks a model on a passage: rank(model, windows, per_token=True)")
-        if (by, scope, seed) != ("contribution", "model", 0):
+        plainly = (by is None or (isinstance(by, str) and by == "contribution")) and (name, saliency) == (None, None)
+        if not plainly or (scope, seed) != ("model", 0):
             raise ValueError("per_token=True ranks by contribution within each layer; leave out by, scope and seed")
         return _rank_tokens(stats, windows, **passage)
     if passage:
         raise TypeError(f"rank(stats) takes no {', '.join(passage)}; rank(model, windows, per_token=True) does")
-    if windows is not None or not isinstance(stats, NeuronStatistics):
+    if windows is not None or not isinstance(stats, NeuronStatistics | NeuronSaliency):
         raise ValueError(
-            "rank(stats) takes what record(model, windows) returned; per_token=True takes model and windows"
+            "rank(stats) takes what record(model, windows) or saliency(model, windows) returned; "
+            "per_token=True takes model and windows"
         )
-    if by not in RANKINGS:
-        raise ValueError(f"unknown ranking {by!r}; one of {', '.join(RANKINGS)}")
     if scope not in ("model", "layer"):
         raise ValueError(f"scope must be 'model' or 'layer', got {scope!r}")
-    scores = RANKINGS[by][1](stats, seed)
+    recorded, gradients = _sources(stats, saliency)
+    if by is None:
+        by = "contribution" if recorded is not None and saliency is None else DEFAULT_RANKING
+    measured = Measured(by if isinstance(by, str) else name or "scores of your own", recorded, gradients, seed)
+    if not isinstance(by, str):
+        return _ranking(measured, _own_scores(by, measured), stats, scope)
+    if name is not None:
+        raise ValueError(f"name is for scores of your own; by={by!r} has one")
+    if by not in RANKINGS:
+        raise ValueError(f"unknown ranking {by!r}; one of {', '.join(RANKINGS)}")
+    score = RANKINGS[by]
+    return _ranking(measured, score.of(measured), measured.source(score.needs), scope)
+
+
+def _sources(stats: Any, saliency: NeuronSaliency | None) -> tuple[NeuronStatistics | None, NeuronSaliency | None]:
+    if isinstance(stats, NeuronSaliency):
+        if saliency is not None:
+            raise ValueError("two saliencies were given; rank(stats, saliency=saliency) takes statistics first")
+        return None, stats
+    if saliency is not None and saliency.model.fingerprint != stats.model.fingerprint:
+        raise ValueError(
+            f"statistics and saliency are of different models: {stats.model.name} and {saliency.model.name}"
+        )
+    return stats, saliency
+
+
+def _own_scores(by: Any, measured: Measured) -> Float[Tensor, "layer neuron"]:
+    """Return scores that were given as a tensor, an array or lists.
+
+    Raises:
+        ValueError: If they are no numbers, or not one a neuron.
+    """
+    shape = [measured.model.n_layers, measured.model.d_mlp]
+    try:
+        scores = torch.as_tensor(by, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"by must be a name or numbers of shape {shape}, got {type(by).__name__}: {error}") from error
+    if list(scores.shape) != shape:
+        raise ValueError(f"scores must be {shape}, one a layer and neuron, got {list(scores.shape)}")
+    return scores.clone()
+
+
+def _ranking(measured: Measured, scores: Tensor, source: NeuronStatistics | NeuronSaliency, scope: str) -> Ranking:
     if torch.isnan(scores).any():
-        raise ValueError(f"scores by {by!r} are NaN; the statistics are damaged, record them again")
-    return Ranking(by, scope, scores, stats.mean_activation, stats.model, stats.corpus, seed)
+        layer, neuron = torch.isnan(scores).nonzero()[0].tolist()
+        raise ValueError(
+            f"scores by {measured.by!r} are NaN, first in layer {source.model.layers[layer]}, neuron {neuron}; "
+            "a neuron without a score has no place in an order"
+        )
+    return Ranking(measured.by, scope, scores, source.mean_activation, source.model, source.corpus, measured.seed)
 
 
 def _rank_tokens(

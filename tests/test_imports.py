@@ -49,6 +49,7 @@ ROOMS = [
     "cett_search",
     "sparsity",
     "saliency",
+    "scores",
     "ranking",
     "replacement",
     "greedy",

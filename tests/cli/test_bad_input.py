@@ -229,9 +229,11 @@ def test_full_disk_loses_nothing(measure: Callable[..., Any], monkeypatch: pytes
         patched.setattr(store.os, "replace", full)
         assert "the disk is full" in measure("report", "--out", tmp_path / "run").error()
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"run.json", "windows.safetensors", "sparsity.json", "statistics.safetensors"}
+    tensors = {f"{name}.safetensors" for name in ("windows", "statistics", "saliency")}
+    assert names == {"run.json", "sparsity.json"} | tensors
     monkeypatch.setattr("neuron_sparsity.pipeline.cett_ppl_sparsities", None)
     monkeypatch.setattr("neuron_sparsity.pipeline.record", None)
+    monkeypatch.setattr("neuron_sparsity.pipeline.saliency", None)
     assert measure("report", "--out", tmp_path / "run").code == 0
 
 

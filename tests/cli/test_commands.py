@@ -24,6 +24,7 @@ FILES = {
     "run.json",
     "sparsity.json",
     "statistics.safetensors",
+    "saliency.safetensors",
     "ablation.json",
     "passage.json",
     "windows.safetensors",
@@ -134,6 +135,7 @@ def test_json_of_each_command_is_all_of_stdout(measure: Callable[..., Any], cli:
     scores = [entry["score"] for entry in ranked.json["neurons"]]
     assert len(scores) == 3
     assert scores == sorted(scores)
+    assert "saliency.safetensors does not exist" in cli("rank", tmp_path / "record", "--by", "fisher").error()
     again = cli("report", tmp_path / "record", "--json")
     assert again.json["folder"] == str(tmp_path / "record")
     examined = cli("doctor", "--json")
@@ -203,7 +205,7 @@ def test_finished_steps_are_not_taken_again(
 ) -> None:
     folder = whole_run()
     before = {name: (folder / name).read_bytes() for name in FILES}
-    for step in ("cett_ppl_sparsities", "record", "removable_neurons", "token_activity"):
+    for step in ("cett_ppl_sparsities", "record", "saliency", "removable_neurons", "token_activity"):
         monkeypatch.setattr(f"neuron_sparsity.pipeline.{step}", refuse)
     done = measure("report", "--out", folder)
     assert (done.code, done.err) == (0, "")
@@ -220,14 +222,18 @@ def results(folder: Path) -> dict[str, Any]:
         data.pop("provenance", None)
     return found | {
         name: {key: value.tolist() for key, value in load_file(folder / name).items()}
-        for name in ("statistics.safetensors", "windows.safetensors")
+        for name in ("statistics.safetensors", "saliency.safetensors", "windows.safetensors")
     }
 
 
 STEPS = {
     "sparsity": ("neuron_sparsity.evaluation", "truncated_losses", {"run.json", "windows.safetensors"}),
     "record": ("neuron_sparsity.kernels", "neuron_statistics", {"sparsity.json", "record.partial.safetensors"}),
-    "ablate": ("neuron_sparsity.ablation", "token_losses", {"sparsity.json", "statistics.safetensors"}),
+    "ablate": (
+        "neuron_sparsity.ablation",
+        "token_losses",
+        {"sparsity.json", "statistics.safetensors", "saliency.safetensors"},
+    ),
 }
 
 

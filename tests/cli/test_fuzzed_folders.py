@@ -83,6 +83,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "render": lambda folder, cli, measure: cli("report", folder),
     "render as JSON": lambda folder, cli, measure: cli("report", folder, "--json"),
     "rank": lambda folder, cli, measure: cli("rank", folder, "--by", "activation_frequency", "--scope", "layer"),
+    "rank by gradients": lambda folder, cli, measure: cli("rank", folder, "--by", "fisher_mean"),
     "rank as JSON": lambda folder, cli, measure: cli("rank", folder, "--json", "--strongest", "128"),
     "fit": lambda folder, cli, measure: cli("fit", folder),
     "report": lambda folder, cli, measure: measure("report", "--out", folder),
@@ -97,6 +98,7 @@ READERS: dict[str, list[str]] = {
     "passage.json": ["render", "render", "report"],
     "trajectory.json": ["fit", "fit", "render"],
     "statistics.safetensors": ["render", "rank", "rank", "rank as JSON", "report", "record"],
+    "saliency.safetensors": ["rank by gradients"],
     "windows.safetensors": ["report"],
     "record.partial.safetensors": ["record"],
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import partial
@@ -44,7 +45,7 @@ def run(model: Any, windows: Windows, tmp_path: Path) -> Callable[..., Run]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The measurements that were made, in order."""
     made: list[str] = []
-    for name in ("cett_ppl_sparsities", "record", "removable_neurons", "token_activity"):
+    for name in ("cett_ppl_sparsities", "record", "saliency", "removable_neurons", "token_activity"):
         original = getattr(pipeline, name)
 
         def counted(*arguments: Any, name: str = name, original: Any = original, **options: Any) -> Any:
@@ -195,3 +196,42 @@ def test_files_that_do_not_fit_together_are_named(run: Callable[..., Run]) -> No
     write_tensors(statistics, tensors | {"histogram": tensors["histogram"][:, :3]}, header)
     with pytest.raises(RunFolderError, match=r"statistics.safetensors is damaged \(ValueError: histogram"):
         render(alone.folder.path)
+
+
+def test_gradients_are_measured_once_and_only_where_a_ranking_needs_them(
+    run: Callable[..., Run], passes: list[str], windows: Windows
+) -> None:
+    def steps(heldout: bool = True, **changes: Any) -> list[str]:
+        passes.clear()
+        fresh = run(heldout=heldout)
+        fresh.ablate(fresh.record(), p_percent=1.0, **QUESTION | changes)
+        return list(passes)
+
+    assert steps() == ["record", "removable_neurons"]
+    assert steps(ranking=None) == ["saliency", "removable_neurons"]
+    assert steps(ranking=None) == steps(ranking="fisher_mean") == []
+    assert steps(ranking=None, replacement="zero") == ["removable_neurons"]
+    found = load_run(run().folder.path)["removed"]
+    assert (found.ranking, found.replacement) == ("fisher", "zero")
+    assert found.ranking_corpus["sha256"] == found.corpus["sha256"] == run(heldout=True).calibration.sha256
+
+
+def test_gradients_of_other_text_are_measured_again(run: Callable[..., Run], passes: list[str]) -> None:
+    first = run(heldout=True)
+    found = first.saliency()
+    dataclasses.replace(found, corpus=found.corpus | {"sha256": "0"}).save(first.folder.path)
+    assert first.saliency().corpus == found.corpus
+    assert passes == ["saliency", "saliency"]
+    first.folder.file("saliency.safetensors").write_bytes(b"nothing")
+    with pytest.raises(RunFolderError, match=r"saliency\.safetensors cannot be read"):
+        first.saliency()
+
+
+def test_where_weights_are_away_the_default_needs_no_gradients(
+    run: Callable[..., Run], passes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = run(heldout=True)
+    monkeypatch.setattr(type(here.adapter), "offloaded", True)
+    removed = here.ablate(here.record(), p_percent=1.0, **QUESTION | {"ranking": None})
+    assert removed.ranking == "fluctuation"
+    assert passes == ["record", "removable_neurons"]
