@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons
+    from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons, removable_sets
     from neuron_sparsity.adapter import attach, load_model
     from neuron_sparsity.corpus import Windows, load_corpus
     from neuron_sparsity.errors import (
@@ -84,6 +84,7 @@ __all__ = [
     "rank",
     "record",
     "removable_neurons",
+    "removable_sets",
     "report",
     "sparsify",
     "token_activity",
@@ -122,6 +123,7 @@ _MODULE_OF = {
     "rank": "ranking",
     "record": "recorder",
     "removable_neurons": "ablation",
+    "removable_sets": "ablation",
     "report": "report",
     "sparsify": "sparsity",
     "token_activity": "sparsity",

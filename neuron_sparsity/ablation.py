@@ -7,9 +7,7 @@ them that share passes:
 2. The search for the longest prefix of a ranking that costs at most p percent (removal.py).
 3. Controls: as many random neurons of every layer, several seeds, on as many windows as their damage needs to be seen.
    Without them no ranking is worth its name.
-4. Held-out text: dense and ablated loss on windows the search never saw, with a paired bootstrap over windows. The
-   set *holds* if the whole 95 % interval of the rise is at most p, is *not refuted* if p lies inside, and *fails* if
-   the interval lies above. Where it does not hold, a shorter prefix that does is looked for there.
+4. Held-out text: the rise on windows the search never saw, with its 95 % interval (confirmation.py).
 
 All of it costs at most 10 F, one F being a dense forward pass over the calibration part, if the held-out part is no
 larger; five more for each further p.
@@ -18,10 +16,10 @@ larger; five more for each further p.
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +27,24 @@ import torch
 
 from neuron_sparsity import parallel
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
+from neuron_sparsity.confirmation import compare, confirm, rise_percent
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.interval import paired_interval
 from neuron_sparsity.perplexity import Progress, default_batch_size
 from neuron_sparsity.ranking import Ranking
-from neuron_sparsity.removal import DENSE, PrefixSearch, Removals, control_key, order_hash, prefix_key
-from neuron_sparsity.replacement import REPLACEMENTS, Replacer, ablate
+from neuron_sparsity.removal import PrefixSearch, Removals, order_hash
+from neuron_sparsity.replacement import BANK_TOKENS, REPLACEMENTS, Replacer, ablate
 from neuron_sparsity.store import decode, make_folder, provenance, read_json, write_json
+from neuron_sparsity.tally import DENSE, prefix_key
 
-__all__ = ["PARTIAL", "REPLACEMENTS", "AblationResult", "ablate", "removable_neurons", "removable_sets"]
+__all__ = [
+    "PARTIAL",
+    "REPLACEMENTS",
+    "AblationResult",
+    "ablate",
+    "drop_finished_search",
+    "removable_neurons",
+    "removable_sets",
+]
 
 PARTIAL = "ablation.partial.json"
 """What an interrupted search has measured."""
@@ -45,9 +52,6 @@ PARTIAL = "ablation.partial.json"
 _CALIBRATION, _HELDOUT = "calibration", "held-out"
 _MAX_PASSES = 10.0
 _FURTHER_PASSES = 5.0  # for each further p
-_CONTROL_PASSES = 1.0
-_CONTROL_ERROR = 0.2  # of the damage: a control that is known as well needs no more windows
-_HOLDING_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,10 @@ class AblationResult:
         curve: Every measured count: n_removed, ppl, ppl_increase_percent; ascending. Those measured on some windows
             only have n_tokens below the corpus', and are estimates for all of it with their standard_error_percent.
         control: The same number of random neurons of every layer: `seeds`, the `ppl` of each, mean
-            `ppl_increase_percent` and its spread `sd_percent`, all on `n_tokens`; `ratio` is the mean over the
-            ranking's own rise on the same tokens. None where nothing is removable, or no controls were asked for.
+            `ppl_increase_percent`, its spread over the seeds `sd_percent`, and `ratio`, the mean over the ranking's
+            own rise. Where `n_tokens` is below the corpus', these are estimates for all of it, paired with the
+            ranking's own pass, with a `standard_error_percent`. None where nothing is removable, or no controls were
+            asked for.
         heldout: The same removal on text that the search never saw: `interval` is the 95 % interval of the rise in
             percent (None with fewer than 5 windows: then the point decides), `verdict` is "holds", "not refuted" or
             "fails", `holds` whether it is the first; `holding` is the shorter prefix that holds there, chosen on that
@@ -219,6 +225,16 @@ def removable_sets(
     return tuple(replace(found[float(p)], per_p=together) for p in p_percents)
 
 
+def drop_finished_search(folder: Path, result: AblationResult) -> None:
+    """Remove what a search has left in a folder, once its result is saved; that of another question stays."""
+    path = folder / PARTIAL
+    if parallel.leads() and path.is_file():
+        question = read_json(path).get("question")
+        own = (result.ranking_sha256, result.replacement)
+        if isinstance(question, dict) and (question.get("order"), question.get("replacement")) == own:
+            path.unlink()
+
+
 def _check(adapter: MLPAdapter, ranking: Ranking, p_percents: Sequence[float], n_controls: int) -> None:
     for p_percent in p_percents:
         if not (math.isfinite(p_percent) and p_percent > 0):
@@ -290,17 +306,23 @@ class _Run:
         if parallel.agreed("what was kept of a search", data.get("question")) != self._question():
             return  # of another question: it is written over
         for name, measured in self.removals.measured.items():
-            decode(path, lambda name=name, measured=measured: measured.take_up(data["passes"][name]))
+            decode(path, partial(lambda name, measured: measured.take_up(data["passes"][name]), name, measured))
 
     def result(self, p_percent: float, n_controls: int, limit: float) -> AblationResult:
         """Search, measure the controls and confirm, for one p, with at most `limit` passes made in all."""
         target = math.log1p(p_percent / 100)
-        later = (_CONTROL_PASSES if n_controls else 0.0) + self.share * (2 + (self.share < 1))
+        confirming = 3 * self.share  # dense, ablated, and one shorter prefix
+        comparing = n_controls * self.measured.levels[0] / self.measured.windows.n_windows
+        if self.replacer.replacement == "resample":
+            comparing += min(1.0, BANK_TOKENS / self.texts[_CALIBRATION].n_tokens)
         search = PrefixSearch(self.removals, _CALIBRATION)
-        resolved = search.run(target, limit - later - 1)
+        resolved = search.run(target, limit - confirming - comparing)
         n = search.answer(target)
-        rise = search.estimate(n)[0]
-        control = self._control(n, n_controls) if n and n_controls else None
+        rise, seeds = search.estimate(n)[0], [self.seed + k for k in range(n_controls)]
+        control = compare(self.removals, _CALIBRATION, n, seeds, limit - confirming) if n and seeds else None
+        heldout = confirm(self.removals, _HELDOUT, n, p_percent, search, limit) if n else None
+        if heldout is not None:
+            heldout["unseen_by_ranking"] = self.ranking.corpus["sha256"] == self.texts[_CALIBRATION].sha256
         return AblationResult(
             p_percent=p_percent,
             ranking=self.ranking.by,
@@ -312,10 +334,10 @@ class _Run:
             reached=search.bracket(target)[1] <= self.ranking.n_neurons,
             ppl_dense=self.ppl_dense,
             ppl_ablated=self.ppl_dense * math.exp(rise),
-            ppl_increase_percent=_percent(rise),
+            ppl_increase_percent=rise_percent(rise),
             curve=tuple(self._point(search, count) for count in (0, *search.counts())),
             control=control,
-            heldout=self._confirm(n, p_percent, search, limit) if n else None,
+            heldout=heldout,
             ranking_corpus=self.ranking.corpus,
             model=self.adapter.info,
             corpus=self.texts[_CALIBRATION].describe(),
@@ -330,84 +352,10 @@ class _Run:
         return {
             "n_removed": n,
             "ppl": self.ppl_dense * math.exp(min(rise, 500.0)),
-            "ppl_increase_percent": _percent(rise),
+            "ppl_increase_percent": rise_percent(rise),
             "n_tokens": self.measured.n_tokens(prefix_key(n) if n else DENSE),
             "standard_error_percent": 100 * error * math.exp(min(rise, 500.0)),
         }
-
-    def _control(self, n: int, n_controls: int) -> dict[str, Any]:
-        """Remove as many random neurons of every layer, on as many windows as it takes to see what that does."""
-        seeds, measured = [self.seed + k for k in range(n_controls)], self.measured
-        keys = [control_key(n, seed) for seed in seeds]
-        spent = self.removals.passes
-        for n_windows in measured.levels:
-            cost = sum(len(measured.missing(key, n_windows)) for key in keys) / measured.windows.n_windows
-            if n_windows > measured.levels[0] and self.removals.passes - spent + cost > _CONTROL_PASSES:
-                break
-            for seed in seeds:
-                self.removals.control(_CALIBRATION, n, seed, n_windows)
-            found = [measured.rise(key) for key in keys]
-            if all(error <= _CONTROL_ERROR * abs(rise) for rise, error in found):
-                break
-        percents = [_percent(measured.mean(key)) for key in keys]
-        own, mean = _percent(measured.mean(prefix_key(n), keys[0])), statistics.fmean(percents)
-        return {
-            "kind": "random neurons, the same number in every layer",
-            "seed": self.seed,
-            "seeds": seeds,
-            "ppl": [math.exp(min(measured.loss(key), 500.0)) for key in keys],
-            "ppl_dense": math.exp(measured.loss(DENSE, keys[0])),
-            "ppl_increase_percent": mean,
-            "sd_percent": statistics.stdev(percents) if len(percents) > 1 else None,
-            "ranking_increase_percent": own,
-            "ratio": mean / own if own > 0 else None,
-            "n_tokens": measured.n_tokens(keys[0]),
-        }
-
-    def _confirm(self, n: int, p_percent: float, search: PrefixSearch, limit: float) -> dict[str, Any]:
-        """Measure the removal on text that the search never saw, and look there for a set that holds."""
-        text, windows = self.removals.measured[_HELDOUT], self.texts[_HELDOUT]
-        self.removals.dense(_HELDOUT)
-        found = self._on_heldout(n, p_percent)
-        holding, tried = None, 0
-        if found["verdict"] != "holds":
-            holding, tried = self._holding(n, found, p_percent, search, limit)
-        return found | {
-            "ppl_dense": math.exp(text.loss(DENSE)),
-            "holding": holding,
-            "holding_tried": tried,
-            "corpus": windows.describe(),
-            "unseen_by_ranking": self.ranking.corpus["sha256"] == self.texts[_CALIBRATION].sha256,
-        }
-
-    def _on_heldout(self, n: int, p_percent: float) -> dict[str, Any]:
-        text = self.removals.measured[_HELDOUT]
-        key = self.removals.prefix(_HELDOUT, n)
-        rise = text.rise(key)[0]
-        ends = paired_interval(text.difference(key).sum(axis=1), text.scored.sum(axis=1))
-        interval = None if ends is None else [_percent(end) for end in ends]
-        low, high = interval or [_percent(rise)] * 2
-        return {
-            "ppl_ablated": math.exp(min(text.loss(key), 500.0)),
-            "ppl_increase_percent": _percent(rise),
-            "interval": interval,
-            "verdict": "holds" if high <= p_percent else "fails" if low > p_percent else "not refuted",
-            "holds": high <= p_percent,
-        }
-
-    def _holding(
-        self, n: int, found: dict[str, Any], p_percent: float, search: PrefixSearch, limit: float
-    ) -> tuple[dict[str, Any] | None, int]:
-        """Return a shorter prefix that holds on the held-out text, and how many were tried."""
-        tried = 0
-        while n > 1 and tried < _HOLDING_PASSES and self.removals.passes + self.share <= limit:
-            upper = (found["interval"] or [0.0, found["ppl_increase_percent"]])[1]
-            shrink = (p_percent / upper) ** (1 / search.slope(n))
-            n = max(1, min(n - 1, math.floor(n * max(0.05, 0.95 * shrink))))
-            found, tried = self._on_heldout(n, p_percent), tried + 1
-            if found["holds"]:
-                return {"n_removable": n} | found | {"chosen_on": "held-out text"}, tried
-        return None, tried
 
 
 def _brief(result: AblationResult) -> dict[str, Any]:
@@ -420,7 +368,3 @@ def _brief(result: AblationResult) -> dict[str, Any]:
         "heldout_interval": heldout.get("interval"),
         "verdict": heldout.get("verdict"),
     }
-
-
-def _percent(rise: float) -> float:
-    return 100 * math.expm1(min(rise, 500.0))

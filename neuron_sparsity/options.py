@@ -16,6 +16,7 @@ __all__ = [
     "Bos",
     "By",
     "Calibration",
+    "Controls",
     "Device",
     "Dtype",
     "Kernels",
@@ -41,7 +42,7 @@ __all__ = [
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_TOKENS = 12_288
 RANKINGS = ("contribution", "activation_frequency", "maximum", "weight_norm", "random")
-REPLACEMENTS = ("mean", "zero")
+REPLACEMENTS = ("mean", "zero", "resample")
 
 Model = Annotated[
     str, typer.Argument(help="Hugging Face name, local folder, .gguf file, or a built-in (smollm2-135m).")
@@ -94,7 +95,10 @@ Calibration = Annotated[
 By = Annotated[
     str, typer.Option("--ranking", help="contribution, activation_frequency, maximum, weight_norm or random.")
 ]
-Replacement = Annotated[str, typer.Option("--replacement", help="mean or zero.")]
+Replacement = Annotated[
+    str, typer.Option("--replacement", help="mean, zero or resample (the value at a random other token).")
+]
+Controls = Annotated[int, typer.Option("--controls", help="Random sets to compare with, as many of every layer.")]
 Scope = Annotated[str, typer.Option("--scope", help="Rank over the whole model, or within each layer: model or layer.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random rankings and controls.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the weights run.")]

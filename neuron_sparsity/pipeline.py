@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from neuron_sparsity import parallel
-from neuron_sparsity.ablation import AblationResult, removable_neurons
+from neuron_sparsity.ablation import AblationResult, drop_finished_search, removable_sets
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.cett_search import Metric
 from neuron_sparsity.corpus import Windows
@@ -156,23 +156,54 @@ class Run:
         self, stats: NeuronStatistics, *, p_percent: float, ranking: str, replacement: str, scope: str, seed: int
     ) -> AblationResult:
         """Find what can go for good, or read it if the folder has it for the same question."""
-        asked = (p_percent, ranking, replacement, scope, seed, self.calibration.sha256, stats.corpus["sha256"])
-        found = self._found("ablation.json", AblationResult.from_json, lambda old: _question(old) == asked)
-        if found is not None:
-            return found
-        removed = removable_neurons(
-            self.adapter,
-            self.calibration,
-            rank(stats, by=ranking, scope=scope, seed=seed),  # type: ignore[call-overload]
-            p_percent=p_percent,
-            replacement=replacement,
-            heldout=self.confirmation,
-            seed=seed,
-            batch_size=self.batch_size,
-            progress=self.progress,
-        )
-        write_json(self.folder.file("ablation.json"), removed.to_json())
-        return removed
+        question = {"ranking": ranking, "replacement": replacement, "scope": scope, "seed": seed}
+        return self.ablations(stats, p_percents=(p_percent,), **question)[0]  # type: ignore[arg-type]
+
+    def ablations(
+        self,
+        stats: NeuronStatistics,
+        *,
+        p_percents: Sequence[float],
+        ranking: str,
+        replacement: str,
+        scope: str,
+        seed: int,
+        n_controls: int = 3,
+    ) -> tuple[AblationResult, ...]:
+        """Find what can go at several p, or read it: first `ablation.json`, then `ablation-p<p>.json`.
+
+        What an interrupted search has measured is taken up.
+        """
+        names = ["ablation.json", *(f"ablation-p{p:g}.json" for p in p_percents[1:])]
+        asked = (ranking, replacement, scope, seed, self.calibration.sha256, stats.corpus["sha256"])
+        found = [
+            self._found(name, AblationResult.from_json, partial(_same_removal, (p, *asked), n_controls))
+            for name, p in zip(names, p_percents, strict=True)
+        ]
+        if not all(result is not None for result in found):
+            found = list(
+                removable_sets(
+                    self.adapter,
+                    self.calibration,
+                    rank(stats, by=ranking, scope=scope, seed=seed),  # type: ignore[call-overload]
+                    p_percents=p_percents,
+                    replacement=replacement,
+                    heldout=self.confirmation,
+                    n_controls=n_controls,
+                    seed=seed,
+                    folder=self.folder.path,
+                    batch_size=self.batch_size,
+                    progress=self.progress,
+                )
+            )
+            for name, result in zip(names, found, strict=True):
+                write_json(self.folder.file(name), result.to_json())
+        drop_finished_search(self.folder.path, found[0])
+        return tuple(found)
+
+    def known_sparsity(self) -> SparsityResult | None:
+        """Return what `sparsity.json` holds, if it is there."""
+        return self._found("sparsity.json", SparsityResult.from_json, lambda old: True)
 
     def passage(self, result: SparsityResult) -> TokenActivity:
         """Measure the activity of every layer on each token of the calibration part's middle window, or read it."""
@@ -282,6 +313,12 @@ def _answers(asked: tuple[Any, ...], old: SparsityResult) -> bool:
     """Whether a search answers what is asked: p, metric, text, and text of the thresholds if it is another."""
     other = None if old.calibration is None else old.calibration["sha256"]
     return (old.p_percent, old.metric.removeprefix("cett_"), old.corpus["sha256"], other) == asked
+
+
+def _same_removal(asked: tuple[Any, ...], n_controls: int, removed: AblationResult) -> bool:
+    """Whether a removal answers what is asked, with as many controls (files of the first version have one)."""
+    made = 0 if removed.control is None else len(removed.control.get("seeds", [0]))
+    return _question(removed) == asked and (removed.n_removable == 0 or made == n_controls)
 
 
 def _question(removed: AblationResult) -> tuple[Any, ...]:

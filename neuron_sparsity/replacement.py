@@ -31,7 +31,7 @@ from neuron_sparsity.adapter import MLPAdapter, PostHook, attach
 from neuron_sparsity.blueprint import mlp_outputs
 from neuron_sparsity.corpus import Windows
 
-__all__ = ["REPLACEMENTS", "Neurons", "Replacer", "ablate", "neuron_mask"]
+__all__ = ["BANK_TOKENS", "REPLACEMENTS", "Neurons", "Replacer", "ablate", "neuron_mask"]
 
 REPLACEMENTS = ("mean", "zero", "resample")
 BANK_TOKENS = 2048
@@ -406,5 +406,5 @@ class _Plain:
 
 
 def _n_neurons(module: nn.Module) -> int:
-    shape = module.weight.shape  # type: ignore[union-attr]
+    shape: tuple[int, ...] = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
     return int(shape[0] if type(module).__name__ == "Conv1D" else shape[1])

@@ -203,7 +203,7 @@ def test_finished_steps_are_not_taken_again(
 ) -> None:
     folder = whole_run()
     before = {name: (folder / name).read_bytes() for name in FILES}
-    for step in ("cett_ppl_sparsities", "record", "removable_neurons", "token_activity"):
+    for step in ("cett_ppl_sparsities", "record", "removable_sets", "token_activity"):
         monkeypatch.setattr(f"neuron_sparsity.pipeline.{step}", refuse)
     done = measure("report", "--out", folder)
     assert (done.code, done.err) == (0, "")
@@ -227,7 +227,7 @@ def results(folder: Path) -> dict[str, Any]:
 STEPS = {
     "sparsity": ("neuron_sparsity.evaluation", "truncated_losses", {"run.json", "windows.safetensors"}),
     "record": ("neuron_sparsity.kernels", "neuron_statistics", {"sparsity.json", "record.partial.safetensors"}),
-    "ablate": ("neuron_sparsity.ablation", "token_losses", {"sparsity.json", "statistics.safetensors"}),
+    "ablate": ("neuron_sparsity.removal", "token_losses", {"sparsity.json", "ablation.partial.json"}),
 }
 
 

@@ -44,7 +44,7 @@ def run(model: Any, windows: Windows, tmp_path: Path) -> Callable[..., Run]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The measurements that were made, in order."""
     made: list[str] = []
-    for name in ("cett_ppl_sparsities", "record", "removable_neurons", "token_activity"):
+    for name in ("cett_ppl_sparsities", "record", "removable_sets", "token_activity"):
         original = getattr(pipeline, name)
 
         def counted(*arguments: Any, name: str = name, original: Any = original, **options: Any) -> Any:
@@ -79,11 +79,11 @@ def test_each_question_is_measured_once(run: Callable[..., Run], passes: list[st
         fresh.passage(result)
         return list(passes)
 
-    everything = ["cett_ppl_sparsities", "record", "removable_neurons", "token_activity"]
+    everything = ["cett_ppl_sparsities", "record", "removable_sets", "token_activity"]
     assert steps(1.0) == everything
     assert steps(1.0) == []
     for change in ({"ranking": "maximum"}, {"replacement": "zero"}, {"scope": "layer"}, {"seed": 3}):
-        assert steps(1.0, **change) == ["removable_neurons"], change
+        assert steps(1.0, **change) == ["removable_sets"], change
         assert steps(1.0, **change) == []
     assert steps(50.0) == everything
 
