@@ -39,7 +39,6 @@ _CLEAR = 2.0  # standard errors
 _RESOLUTION = 0.01
 _BEYOND = (1.05, 1.12, 1.25)
 _SMALL_BANK = 4096  # neurons
-_WIDE = 1.5
 _CROWD = 4  # measured counts so near the answer: from there on the bracket is halved
 
 
@@ -204,17 +203,15 @@ class PrefixSearch:
         ]
         if len(points) < 2 or points[-1][0] - points[0][0] < 0.2:
             return 1.0
-        return float(np.clip(np.polyfit(*np.array(points).T, 1)[0], 0.5, 2.5))
+        x, y = np.array(points).T
+        return float(np.clip(np.polyfit(x, y, 1)[0], 0.5, 2.5))
 
     def _next(self, target: float) -> tuple[int, int] | None:
         """Return the count to measure next and on how many windows, or None when the answer is known."""
         low, high = self.bracket(target)
-        wide = high > _WIDE * low
         for n in (low, high):
             if 0 < n <= self.total and not self.clear(n, target):
-                more = self._more(n)
-                if not wide or more < self.measured.windows.n_windows:  # far ends need not be known exactly
-                    return n, more
+                return n, self._more(n)
         if high - low > step_at(low):
             return self._between(low, high, target), self.measured.levels[0]
         for n in (low, high):
