@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons
+    from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons, removable_sets
     from neuron_sparsity.adapter import attach, load_model
     from neuron_sparsity.corpus import Windows, load_corpus
     from neuron_sparsity.damage import DamageResult, damage
@@ -100,6 +100,7 @@ __all__ = [
     "record",
     "refine",
     "removable_neurons",
+    "removable_sets",
     "report",
     "saliency",
     "sparsify",
@@ -149,6 +150,7 @@ _MODULE_OF = {
     "record": "recorder",
     "refine": "greedy",
     "removable_neurons": "ablation",
+    "removable_sets": "ablation",
     "report": "report",
     "saliency": "saliency",
     "sparsify": "sparsity",

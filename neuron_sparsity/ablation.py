@@ -1,46 +1,57 @@
 """Remove neurons for good, for all tokens, and measure what that costs.
 
-`ablate` is the intervention: chosen neurons' post-activations are replaced while a context is open.
-`removable_neurons` is the measurement:
+`ablate` (replacement.py) is the intervention. `removable_neurons` is the measurement, and `removable_sets` several of
+them that share passes:
 
 1. The dense losses on the calibration part of the corpus.
-2. Root search on the count: remove the n weakest neurons of a ranking, measure the paired rise of perplexity, and
-   propose the next n from log(rise) against log(n), until the largest n that costs at most p percent is known to 3 %
-   (or 14 passes are spent: the curve tells).
-3. A control: as many random neurons of every layer. Without it no ranking is worth its name.
-4. Held-out text: dense and ablated perplexity on windows the search never saw.
+2. The search for the longest prefix of a ranking that costs at most p percent (removal.py).
+3. Controls: as many random neurons of every layer, several seeds, on as many windows as their damage needs to be seen.
+   Without them no ranking is worth its name.
+4. Held-out text: the rise on windows the search never saw, with its 95 % interval (confirmation.py).
+
+All of it costs at most 10 F, one F being a dense forward pass over the calibration part, if the held-out part is no
+larger; five more for each further p.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from neuron_sparsity.adapter import MLPAdapter, ModelInfo, PostHook, attach
+from neuron_sparsity import parallel
+from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
+from neuron_sparsity.confirmation import compare, confirm, rise_percent
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.perplexity import Progress, mean_loss, token_losses
+from neuron_sparsity.perplexity import Progress, default_batch_size
 from neuron_sparsity.ranking import Ranking
-from neuron_sparsity.search import next_cett
-from neuron_sparsity.store import provenance
+from neuron_sparsity.removal import PrefixSearch, Removals, order_hash
+from neuron_sparsity.replacement import BANK_TOKENS, REPLACEMENTS, Replacer, ablate
+from neuron_sparsity.store import decode, make_folder, provenance, read_json, write_json
+from neuron_sparsity.tally import DENSE, prefix_key
 
-__all__ = ["REPLACEMENTS", "AblationResult", "ablate", "removable_neurons"]
+__all__ = [
+    "PARTIAL",
+    "REPLACEMENTS",
+    "AblationResult",
+    "ablate",
+    "drop_finished_search",
+    "removable_neurons",
+    "removable_sets",
+]
 
-REPLACEMENTS = ("mean", "zero")
-_MAX_EVALUATIONS = 14
-_MAX_PROPOSALS = 6
-_COUNT_RESOLUTION = 0.03
+PARTIAL = "ablation.partial.json"
+"""What an interrupted search has measured."""
 
-Neurons = Iterable[tuple[int, int]]
-"""(layer, neuron) pairs; layer is the block's index."""
+_CALIBRATION, _HELDOUT = "calibration", "held-out"
+_MAX_PASSES = 10.0
+_FURTHER_PASSES = 5.0  # for each further p
 
 
 @dataclass(frozen=True)
@@ -59,15 +70,26 @@ class AblationResult:
         ppl_dense: Perplexity of the model as it is, on the calibration part.
         ppl_ablated: The same without the removable neurons.
         ppl_increase_percent: The measured rise.
-        curve: Every measured count: n_removed, ppl, ppl_increase_percent; ascending.
-        control: The same number of random neurons of every layer, or None where nothing is removable.
-        heldout: The same removal on text that the search never saw, and whether it holds p there;
-            `unseen_by_ranking` is true where the ranking was made on the calibration part alone.
+        curve: Every measured count: n_removed, ppl, ppl_increase_percent; ascending. Those measured on some windows
+            only have n_tokens below the corpus', and are estimates for all of it with their standard_error_percent.
+        control: The same number of random neurons of every layer: `seeds`, the `ppl` of each, mean
+            `ppl_increase_percent`, its spread over the seeds `sd_percent`, and `ratio`, the mean over the ranking's
+            own rise. Where `n_tokens` is below the corpus', these are estimates for all of it, paired with the
+            ranking's own pass, with a `standard_error_percent`. None where nothing is removable, or no controls were
+            asked for.
+        heldout: The same removal on text that the search never saw: `interval` is the 95 % interval of the rise in
+            percent (None with fewer than 5 windows: then the point decides), `verdict` is "holds", "not refuted" or
+            "fails", `holds` whether it is the first; `holding` is the shorter prefix that holds there, chosen on that
+            text, or None. `unseen_by_ranking` is true where the ranking was made on the calibration part alone.
         ranking_corpus: What the ranking was made on.
         model: What was measured.
         corpus: The calibration part.
-        cost: `forward_passes` over the calibration part, `seconds`.
+        cost: `forward_passes` over the calibration part, all in all, each counted once; `seconds` of this call.
         provenance: Versions, seed, command.
+        ranking_sha256: Hash of the order of removal.
+        resolved: Whether the search ended by itself: the next larger count measured to cost more is 1 % further on
+            at most, or next to it, and none up to 25 % above holds. If not, its passes were spent.
+        per_p: What was found for each p that was asked for together.
     """
 
     p_percent: float
@@ -89,6 +111,9 @@ class AblationResult:
     corpus: dict[str, Any]
     cost: dict[str, float]
     provenance: dict[str, Any]
+    ranking_sha256: str = ""
+    resolved: bool = True
+    per_p: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `ablation.json`."""
@@ -96,243 +121,250 @@ class AblationResult:
             "model": self.model.to_json(),
             "removable": [list(pair) for pair in self.removable],
             "curve": list(self.curve),
+            "per_p": list(self.per_p),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> AblationResult:
-        """Read the content of `ablation.json` back.
+        """Read the content of `ablation.json` back; files of the first version lack the last three fields.
 
         Raises:
             KeyError, TypeError: If keys are missing or of the wrong type.
         """
-        own = {name: data[name] for name in cls.__dataclass_fields__} | {
+        fields = cls.__dataclass_fields__
+        own = {name: data[name] for name in fields if name in data or fields[name].default is MISSING} | {
             "model": ModelInfo.from_json(data["model"]),
             "removable": tuple((int(layer), int(neuron)) for layer, neuron in data["removable"]),
             "curve": tuple(data["curve"]),
+            "per_p": tuple(data.get("per_p", ())),
         }
         return cls(**own)
 
 
-@contextmanager
-def ablate(
-    model: Any,
-    neurons: Neurons,
-    *,
-    replacement: str = "zero",
-    means: Float[Tensor, "layer neuron"] | None = None,
-) -> Iterator[None]:
-    """Remove neurons while the context is open: their post-activation is replaced on every token.
-
-    Args:
-        model: TransformerLens model or adapter.
-        neurons: (layer, neuron) pairs.
-        replacement: `"zero"`, or `"mean"` for each neuron's mean.
-        means: Mean post-activations (`NeuronStatistics.mean_activation`); needed for `"mean"`.
-
-    Raises:
-        ValueError: If a neuron does not exist or is named twice, or `means` is missing or of another shape.
-    """
-    adapter = attach(model)
-    with adapter.hooked(_replacing(adapter, list(neurons), replacement, means)):
-        yield
-
-
 def removable_neurons(
-    model: Any,
-    windows: Windows,
-    ranking: Ranking,
-    *,
-    p_percent: float = 1.0,
-    replacement: str = "mean",
-    heldout: Windows | None = None,
-    seed: int = 0,
-    batch_size: int | None = None,
-    progress: Progress | None = None,
+    model: Any, windows: Windows, ranking: Ranking, *, p_percent: float = 1.0, **options: Any
 ) -> AblationResult:
     """Return the largest set of a ranking's weakest neurons whose removal raises perplexity by at most p percent.
 
     The set is a prefix of the ranking, found on the calibration part and then confirmed on held-out windows and
-    against a random control.
+    against random controls.
 
     Args:
         model: TransformerLens model or adapter.
         windows: The corpus. Without `heldout`, half of its windows (every other one) are held out.
         ranking: Order of removal, made on this model.
         p_percent: Rise of perplexity that is allowed, > 0.
-        replacement: `"mean"` or `"zero"`.
+        **options: Those of `removable_sets`.
+
+    Returns:
+        The set, the curve that led to it, its controls and its held-out confirmation.
+
+    Raises:
+        ValueError: If p is not positive, the ranking is of another model or holds NaN, or the corpus is one window.
+        MeasurementError: If losses are NaN or memory runs out.
+    """
+    return removable_sets(model, windows, ranking, p_percents=(p_percent,), **options)[0]
+
+
+def removable_sets(
+    model: Any,
+    windows: Windows,
+    ranking: Ranking,
+    *,
+    p_percents: Sequence[float] = (1.0, 5.0),
+    replacement: str = "mean",
+    heldout: Windows | None = None,
+    n_controls: int = 3,
+    seed: int = 0,
+    folder: str | Path | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[AblationResult, ...]:
+    """Return the removable sets of several p in one search: they share every pass.
+
+    Args:
+        model: TransformerLens model or adapter.
+        windows: The corpus. Without `heldout`, half of its windows (every other one) are held out.
+        ranking: Order of removal, made on this model.
+        p_percents: Rises of perplexity that are allowed, > 0.
+        replacement: `"mean"`, `"zero"` or `"resample"`, which draws from the calibration part.
         heldout: Windows to confirm on; then the search takes all of `windows`.
-        seed: Of the random control.
+        n_controls: How many random controls, with seeds from `seed` on.
+        seed: Of the controls, and of `"resample"`.
+        folder: Where what was measured is kept after every piece of a pass, in `ablation.partial.json`; another call
+            with the same model, order, texts and replacement goes on from there.
         batch_size: Windows a forward pass; chosen from free memory if None.
         progress: Called after each batch.
 
     Returns:
-        The set, the curve that led to it, its control and its held-out confirmation.
+        One result for each p, in the order they were given.
 
     Raises:
-        ValueError: If p is not positive, the ranking is of another model, or the corpus is one window.
+        ValueError: If p is not positive, the ranking is of another model or holds NaN, or the corpus is one window.
         MeasurementError: If losses are NaN or memory runs out.
+        RunFolderError: If the folder cannot be written, or what is kept there is damaged.
     """
-    if not (math.isfinite(p_percent) and p_percent > 0):
-        raise ValueError(f"p must be a positive number of percent, got {p_percent}")
     adapter = attach(model)
-    if ranking.model.fingerprint != adapter.info.fingerprint:
-        raise ValueError(f"the ranking was made on {ranking.model.name} with other weights; record this model first")
+    _check(adapter, ranking, p_percents, n_controls)
     if heldout is None:
         windows, heldout = windows.split(0.5)
-    removal = _Removal(adapter, windows, ranking, replacement, {"batch_size": batch_size, "progress": progress})
-    start = time.perf_counter()
-    n_removable, reached = removal.search(p_percent)
-    chosen = ranking.order()[:n_removable]
-    control = removal.control(chosen, seed) if n_removable else None
-    confirmed = removal.confirm(chosen, heldout, p_percent) if n_removable else None
-    if confirmed is not None:
-        confirmed["unseen_by_ranking"] = ranking.corpus["sha256"] == windows.sha256
-    rise = removal.rises[n_removable]
-    return AblationResult(
-        p_percent=p_percent,
-        ranking=ranking.by,
-        scope=ranking.scope,
-        replacement=replacement,
-        n_neurons=ranking.n_neurons,
-        n_removable=n_removable,
-        removable=tuple(ranking.weakest(n_removable)),
-        reached=reached,
-        ppl_dense=removal.ppl_dense,
-        ppl_ablated=removal.ppl_dense * math.exp(rise),
-        ppl_increase_percent=_percent(rise),
-        curve=removal.curve(),
-        control=control,
-        heldout=confirmed,
-        ranking_corpus=ranking.corpus,
-        model=adapter.info,
-        corpus=windows.describe(),
-        cost={"forward_passes": removal.tokens_run / windows.n_tokens, "seconds": time.perf_counter() - start},
-        provenance=provenance(seed=seed),
+    replacer = Replacer(
+        adapter,
+        replacement,
+        means=ranking.mean_activation,
+        corpus=windows if replacement == "resample" else None,
+        seed=seed,
     )
+    run = _Run(adapter, {_CALIBRATION: windows, _HELDOUT: heldout}, ranking, replacer, seed)
+    run.begin(folder, batch_size, progress)
+    found = {
+        p: run.result(p, n_controls, _MAX_PASSES + k * _FURTHER_PASSES)
+        for k, p in enumerate(sorted(set(map(float, p_percents))))
+    }
+    together = tuple(_brief(found[p]) for p in sorted(found))
+    return tuple(replace(found[float(p)], per_p=together) for p in p_percents)
 
 
-class _Removal:
-    """Passes over the calibration part with more and more neurons removed."""
+def drop_finished_search(folder: Path, result: AblationResult) -> None:
+    """Remove what a search has left in a folder, once its result is saved; that of another question stays."""
+    path = folder / PARTIAL
+    if parallel.leads() and path.is_file():
+        question = read_json(path).get("question")
+        own = (result.ranking_sha256, result.replacement)
+        if isinstance(question, dict) and (question.get("order"), question.get("replacement")) == own:
+            path.unlink()
 
-    def __init__(
-        self, adapter: MLPAdapter, windows: Windows, ranking: Ranking, replacement: str, options: dict[str, Any]
-    ) -> None:
-        self.adapter, self.windows, self.options = adapter, windows, options
-        self.order, self.replacement, self.means = ranking.order(), replacement, ranking.mean_activation
-        self.tokens_run = 0
-        _replacing(adapter, [], replacement, self.means)  # refuse bad arguments before the first pass
-        self.dense = self._losses(windows, None, "dense pass")
-        self.ppl_dense = math.exp(mean_loss(self.dense, windows.scored))
-        self.rises: dict[int, float] = {0: 0.0}
 
-    def search(self, p_percent: float) -> tuple[int, bool]:
-        """Return the largest measured count that costs at most p, and whether a larger one was seen to cost more."""
-        target, total = math.log1p(p_percent / 100), len(self.order)
-        count = max(1, total // 200)
-        for step in range(_MAX_EVALUATIONS):
-            self.rises[count] = self._rise(self.windows, self.dense, self.order[:count], f"removing {count} neurons")
-            low = max(n for n, rise in self.rises.items() if rise <= target)
-            high = min((n for n, rise in self.rises.items() if rise > target and n > low), default=total + 1)
-            if low == total or high - low <= max(1, _COUNT_RESOLUTION * low):
-                break
-            points = [(n / total, rise) for n, rise in self.rises.items() if n > 0]
-            proposal = round(next_cett(points, target, prior_slope=1.0) * total)
-            count = min(max(proposal, low + 1), high - 1, total)
-            if step >= _MAX_PROPOSALS:  # halving is sure to end; "everything may go" is said only of everything removed
-                count = total if high > total else (low + high) // 2
-            elif high <= total and high - low > 2 and count in (low + 1, high - 1):
-                count = round(math.sqrt(max(low, 1) * high))
-        return low, high <= total
-
-    def curve(self) -> tuple[dict[str, float], ...]:
-        """Return every measured count, ascending."""
-        return tuple(
-            {"n_removed": n, "ppl": self.ppl_dense * math.exp(rise), "ppl_increase_percent": _percent(rise)}
-            for n, rise in sorted(self.rises.items())
+def _check(adapter: MLPAdapter, ranking: Ranking, p_percents: Sequence[float], n_controls: int) -> None:
+    for p_percent in p_percents:
+        if not (math.isfinite(p_percent) and p_percent > 0):
+            raise ValueError(f"p must be a positive number of percent, got {p_percent}")
+    if not p_percents:
+        raise ValueError("p_percents is empty; name at least one rise of perplexity in percent")
+    if n_controls < 0:
+        raise ValueError(f"n_controls must be >= 0, got {n_controls}")
+    if ranking.model.fingerprint != adapter.info.fingerprint:
+        raise ValueError(f"the ranking was made on {ranking.model.name} with other weights; record this model first")
+    if tuple(ranking.scores.shape) != (adapter.info.n_layers, adapter.info.d_mlp):
+        raise ValueError(
+            f"the ranking has scores of shape {list(ranking.scores.shape)}, the model "
+            f"{[adapter.info.n_layers, adapter.info.d_mlp]}; give one score a neuron"
+        )
+    n_nan = int(torch.isnan(ranking.scores).sum())
+    if n_nan:
+        raise ValueError(
+            f"{n_nan} of {ranking.n_neurons} scores by {ranking.by!r} are NaN and cannot be ordered; replace them first"
         )
 
-    def control(self, chosen: Tensor, seed: int) -> dict[str, Any]:
-        """Remove as many random neurons of every layer, and measure."""
-        generator = torch.Generator().manual_seed(seed)
-        per_layer = Counter(chosen[:, 0].tolist())
-        rows = [
-            torch.tensor([layer, neuron])
-            for layer, n in sorted(per_layer.items())
-            for neuron in torch.randperm(self.adapter.info.d_mlp, generator=generator)[:n].tolist()
-        ]
-        rise = self._rise(self.windows, self.dense, torch.stack(rows), "random control")
+
+class _Run:
+    """One search: its passes, and what is read from them."""
+
+    def __init__(
+        self, adapter: MLPAdapter, texts: Mapping[str, Windows], ranking: Ranking, replacer: Replacer, seed: int
+    ) -> None:
+        self.adapter, self.texts, self.ranking, self.replacer, self.seed = adapter, texts, ranking, replacer, seed
+        self.sha256 = order_hash(ranking)
+        self.start = time.perf_counter()
+        self.share = texts[_HELDOUT].n_tokens / texts[_CALIBRATION].n_tokens
+        self.removals: Removals
+
+    def begin(self, folder: str | Path | None, batch_size: int | None, progress: Progress | None) -> None:
+        """Take up what is kept in a folder, and make the dense pass."""
+        if batch_size is None:  # one for all passes
+            batch_size = default_batch_size(self.adapter, self.texts[_CALIBRATION].window)
+        options = {"batch_size": batch_size, "progress": progress}
+        path = None if folder is None else Path(folder) / PARTIAL
+
+        def keep() -> None:
+            if path is not None and parallel.leads():
+                passes = {name: measured.to_json() for name, measured in self.removals.measured.items()}
+                write_json(path, {"question": self._question(), "passes": passes})
+
+        self.removals = Removals(self.adapter, self.ranking, self.replacer, self.texts, options, keep)
+        if path is not None:
+            make_folder(path.parent)
+            self._take_up(path)
+        self.removals.dense(_CALIBRATION)
+        self.measured = self.removals.measured[_CALIBRATION]
+        self.ppl_dense = math.exp(self.measured.loss(DENSE))
+
+    def _question(self) -> dict[str, Any]:
+        """What passes belong to: the same, and they can be counted together."""
+        means = self.ranking.mean_activation if self.replacer.replacement == "mean" else None
         return {
-            "kind": "random neurons, the same number in every layer",
-            "seed": seed,
-            "ppl": self.ppl_dense * math.exp(rise),
-            "ppl_increase_percent": _percent(rise),
+            "model": [self.adapter.info.fingerprint, self.adapter.info.dtype],
+            "order": self.sha256,
+            "replacement": self.replacer.replacement,
+            "means": None if means is None else float(means.double().sum()),
+            "seed": self.seed if self.replacer.replacement == "resample" else None,
+            "texts": {name: windows.sha256 for name, windows in self.texts.items()},
         }
 
-    def confirm(self, chosen: Tensor, heldout: Windows, p_percent: float) -> dict[str, Any]:
-        """Measure the removal on text that the search never saw."""
-        dense = self._losses(heldout, None, "dense pass, held-out")
-        rise = self._rise(heldout, dense, chosen, "ablated pass, held-out")
-        ppl_dense = math.exp(mean_loss(dense, heldout.scored))
+    def _take_up(self, path: Path) -> None:
+        data = read_json(path) if path.is_file() else {}
+        if parallel.agreed("what was kept of a search", data.get("question")) != self._question():
+            return  # of another question: it is written over
+        for name, measured in self.removals.measured.items():
+            decode(path, partial(lambda name, measured: measured.take_up(data["passes"][name]), name, measured))
+
+    def result(self, p_percent: float, n_controls: int, limit: float) -> AblationResult:
+        """Search, measure the controls and confirm, for one p, with at most `limit` passes made in all."""
+        target = math.log1p(p_percent / 100)
+        confirming = 3 * self.share  # dense, ablated, and one shorter prefix
+        comparing = n_controls * self.measured.levels[0] / self.measured.windows.n_windows
+        if self.replacer.replacement == "resample":
+            comparing += min(1.0, BANK_TOKENS / self.texts[_CALIBRATION].n_tokens)
+        search = PrefixSearch(self.removals, _CALIBRATION)
+        resolved = search.run(target, limit - confirming - comparing)
+        n = search.answer(target)
+        rise, seeds = search.estimate(n)[0], [self.seed + k for k in range(n_controls)]
+        control = compare(self.removals, _CALIBRATION, n, seeds, limit - confirming) if n and seeds else None
+        heldout = confirm(self.removals, _HELDOUT, n, p_percent, search, limit) if n else None
+        if heldout is not None:
+            heldout["unseen_by_ranking"] = self.ranking.corpus["sha256"] == self.texts[_CALIBRATION].sha256
+        return AblationResult(
+            p_percent=p_percent,
+            ranking=self.ranking.by,
+            scope=self.ranking.scope,
+            replacement=self.replacer.replacement,
+            n_neurons=self.ranking.n_neurons,
+            n_removable=n,
+            removable=tuple(self.ranking.weakest(n)),
+            reached=search.bracket(target)[1] <= self.ranking.n_neurons,
+            ppl_dense=self.ppl_dense,
+            ppl_ablated=self.ppl_dense * math.exp(rise),
+            ppl_increase_percent=rise_percent(rise),
+            curve=tuple(self._point(search, count) for count in (0, *search.counts())),
+            control=control,
+            heldout=heldout,
+            ranking_corpus=self.ranking.corpus,
+            model=self.adapter.info,
+            corpus=self.texts[_CALIBRATION].describe(),
+            cost={"forward_passes": self.removals.passes, "seconds": time.perf_counter() - self.start},
+            provenance=provenance(seed=self.seed),
+            ranking_sha256=self.sha256,
+            resolved=resolved,
+        )
+
+    def _point(self, search: PrefixSearch, n: int) -> dict[str, float]:
+        rise, error = search.estimate(n)
         return {
-            "ppl_dense": ppl_dense,
-            "ppl_ablated": ppl_dense * math.exp(rise),
-            "ppl_increase_percent": _percent(rise),
-            "holds": _percent(rise) <= p_percent,
-            "corpus": heldout.describe(),
+            "n_removed": n,
+            "ppl": self.ppl_dense * math.exp(min(rise, 500.0)),
+            "ppl_increase_percent": rise_percent(rise),
+            "n_tokens": self.measured.n_tokens(prefix_key(n) if n else DENSE),
+            "standard_error_percent": 100 * error * math.exp(min(rise, 500.0)),
         }
 
-    def _rise(self, windows: Windows, dense: Tensor, rows: Tensor, label: str) -> float:
-        pairs = [(self.adapter.info.layers[layer], neuron) for layer, neuron in rows.tolist()]
-        hook = _replacing(self.adapter, pairs, self.replacement, self.means)
-        return mean_loss((self._losses(windows, hook, label) - dense).double(), windows.scored)
 
-    def _losses(self, windows: Windows, hook: PostHook | None, label: str) -> Float[Tensor, "window pos"]:
-        self.tokens_run += windows.n_tokens
-        return token_losses(self.adapter, windows, on_post=hook, label=label, **self.options)
-
-
-def _replacing(
-    adapter: MLPAdapter, neurons: list[tuple[int, int]], replacement: str, means: Tensor | None
-) -> PostHook | None:
-    """Return the hook that replaces the neurons, or None if there are none."""
-    if replacement not in REPLACEMENTS:
-        raise ValueError(f"replacement must be one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
-    info = adapter.info
-    shape = (info.n_layers, info.d_mlp)
-    if replacement == "mean" and (means is None or tuple(means.shape) != shape):
-        found = "none" if means is None else list(means.shape)
-        raise ValueError(f"replacement 'mean' needs means of shape {list(shape)}, got {found}; record the model first")
-    keep = _kept(info, neurons)
-    touched = (~keep.all(dim=1)).tolist()
-    if not any(touched):
-        return None
-    fill = torch.where(keep, 0.0, means.float() if replacement == "mean" and means is not None else 0.0)
-    factor = keep.float()
-
-    def on_post(layer: int, z: Tensor) -> Tensor | None:
-        if not touched[layer]:
-            return None
-        # Exactly z where the factor is 1, the filling where it is 0; on a CPU in half the time of torch.where.
-        return torch.addcmul(fill[layer].to(z), z, factor[layer].to(z))
-
-    return on_post
-
-
-def _kept(info: ModelInfo, neurons: list[tuple[int, int]]) -> Tensor:
-    """Which neurons stay, [layer, neuron]; refuses those that do not exist or come twice."""
-    rows = {block: row for row, block in enumerate(info.layers)}
-    keep = torch.ones(info.n_layers, info.d_mlp, dtype=torch.bool)
-    for layer, neuron in neurons:
-        if layer not in rows or not 0 <= neuron < info.d_mlp:
-            raise ValueError(
-                f"no neuron ({layer}, {neuron}): layers are {info.layers[0]} to {info.layers[-1]}, "
-                f"neurons 0 to {info.d_mlp - 1}"
-            )
-        if not keep[rows[layer], neuron]:
-            raise ValueError(f"neuron ({layer}, {neuron}) is named twice")
-        keep[rows[layer], neuron] = False
-    return keep
-
-
-def _percent(rise: float) -> float:
-    return 100 * math.expm1(min(rise, 500.0))
+def _brief(result: AblationResult) -> dict[str, Any]:
+    control, heldout = result.control or {}, result.heldout or {}
+    return {
+        "p_percent": result.p_percent,
+        "n_removable": result.n_removable,
+        "ppl_increase_percent": result.ppl_increase_percent,
+        "control_ratio": control.get("ratio"),
+        "heldout_interval": heldout.get("interval"),
+        "verdict": heldout.get("verdict"),
+    }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from neuron_sparsity.errors import ModelError
 from neuron_sparsity.weights import first_line, load_config
 
-__all__ = ["MLP", "Blueprint", "blueprint", "draw", "measured_mlps"]
+__all__ = ["MLP", "Blueprint", "blueprint", "draw", "measured_mlps", "mlp_outputs"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,15 @@ def draw(config: Any, *, name: str, trust_remote_code: bool = False) -> Blueprin
         n_embedding_parameters=_count([embedding]),
         tied=head is not None and head.weight is embedding.weight,
     )
+
+
+def mlp_outputs(model: nn.Module) -> dict[int, nn.Module]:
+    """Return the down projection of every block of a Hugging Face model that has an MLP, by the block's index.
+
+    Raises:
+        ModelError: If there is none, or they cannot be told apart.
+    """
+    return {index: mlp.matrices[0] for index, mlp in _measured_stack(model)[1].items()}
 
 
 @dataclass(frozen=True)

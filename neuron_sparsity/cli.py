@@ -31,6 +31,7 @@ from neuron_sparsity.options import (
     Bos,
     By,
     Calibration,
+    Controls,
     Device,
     Dtype,
     Kernels,
@@ -103,7 +104,7 @@ def report(
     """
     check_question(p, ranking, replacement, scope, metric)
     if (Path(model) / "run.json").is_file():
-        from neuron_sparsity.pipeline import load_run, render
+        from neuron_sparsity.run_results import load_run, render
 
         refused = [
             name for name in context.params if name not in ("model", "quiet", "as_json") and given(context, name)
@@ -115,7 +116,7 @@ def report(
         conclude(Path(model), found["result"], found["stats"], found["removed"], quiet=quiet, as_json=as_json)
         return
     with open_run(model, text, tokens, out, locals(), heldout=True) as run:
-        from neuron_sparsity.pipeline import render
+        from neuron_sparsity.run_results import render
 
         result = run.sparsity(p, metric=metric)  # type: ignore[arg-type]
         stats = run.record(result)
@@ -192,12 +193,13 @@ def sparsity(
 def ablate(
     model: Model = DEFAULT_MODEL,
     text: Text = None,
-    p: P = 1.0,
+    p: Ps = None,
     tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
     ranking: By = None,
     replacement: Replacement = "mean",
     scope: Scope = "model",
+    controls: Controls = 3,
     n_ctx: NCtx = None,
     bos: Bos = None,
     packed: Packed = None,
@@ -210,13 +212,22 @@ def ablate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the largest set of neurons that can go for good; a third of the windows confirms it."""
-    check_question(p, ranking, replacement, scope)
+    """Find the largest set of neurons that can go for good; a third of the windows confirms it.
+
+    An interrupted search goes on where it stopped.
+    """
+    percents = p or [1.0]
+    for percent in percents:
+        check_question(percent, ranking, replacement, scope)
+    if controls < 0:
+        raise ValueError(f"--controls must be at least 0, got {controls}")
     with open_run(model, text, tokens, out, locals(), heldout=True) as run:
-        result = run.sparsity(p) if ranking == "activation_frequency" else None
+        result = run.sparsity(percents[0]) if ranking == "activation_frequency" else None
         stats = run.record(result)
-        removed = run.ablate(stats, p_percent=p, ranking=ranking, replacement=replacement, scope=scope, seed=seed)
-    conclude(run.folder.path, None, None, removed, quiet=quiet, as_json=as_json)
+        question = {"ranking": ranking, "replacement": replacement, "scope": scope, "seed": seed}
+        found = run.ablations(stats, p_percents=percents, n_controls=controls, **question)  # type: ignore[arg-type]
+        beside = run.known_sparsity()
+    conclude(run.folder.path, None, None, found[0], found[1:], beside=beside, quiet=quiet, as_json=as_json)
 
 
 @app.command()

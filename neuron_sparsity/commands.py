@@ -84,8 +84,8 @@ def prune(
 
     from neuron_sparsity.checkpoint import check_vacant
     from neuron_sparsity.errors import RunFolderError
-    from neuron_sparsity.pipeline import load_run
     from neuron_sparsity.pruning import prune as prune_model
+    from neuron_sparsity.run_results import load_run
     from neuron_sparsity.store import to_json_text
     from neuron_sparsity.weights import load_weights
 

@@ -97,22 +97,24 @@ def conclude(
     result: SparsityResult | None,
     stats: NeuronStatistics | None,
     removed: AblationResult | None,
-    further: Sequence[SparsityResult] = (),
+    further: Sequence[SparsityResult | AblationResult] = (),
     *,
+    beside: SparsityResult | None = None,
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Print what was found; one of several processes prints."""
+    """Print what was found, `further` being the results at more p; one of several processes prints."""
     if launched()[0] > 0:
         return
     from neuron_sparsity.store import blaming
-    from neuron_sparsity.summary import summary_lines
+    from neuron_sparsity.summary import side_by_side, summary_lines
 
     if as_json:
         parts = {"sparsity": result, "ablation": removed}
         found: dict[str, Any] = {name: part.to_json() for name, part in parts.items() if part is not None}
         if further:
-            found = {"sparsity": [one.to_json() for one in (result, *further) if one is not None]}
+            name, main = ("ablation", removed) if result is None else ("sparsity", result)
+            found = {name: [one.to_json() for one in (main, *further) if one is not None]}
         alone = len(found) == 1 and stats is None and not further
         print_json(next(iter(found.values())) if alone else {"folder": str(folder)} | found)
         return
@@ -122,7 +124,9 @@ def conclude(
     with blaming(folder, "cannot be summed up", mend):
         lines = summary_lines(result, stats, removed)
         for one in further:
-            lines += summary_lines(one, None, None)[1:]
+            lines += (summary_lines(None, None, one) if result is None else summary_lines(one, None, None))[1:]  # type: ignore[arg-type]
+        if beside is not None and removed is not None:
+            lines += side_by_side(beside, removed)
     for line in lines:
         say(line)
     page = folder / "report.html"

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuron_sparsity import parallel
-from neuron_sparsity.ablation import AblationResult, _replacing
+from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, PostHook, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.damage_tables import (
@@ -43,6 +44,7 @@ from neuron_sparsity.damage_tables import (
 )
 from neuron_sparsity.divergence import DenseReference
 from neuron_sparsity.perplexity import Progress, default_batch_size, mean_loss, token_losses
+from neuron_sparsity.replacement import Replacer, neuron_mask
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.store import RunFolder, decode, provenance, read_json, read_tensors, write_json, write_tensors
 from neuron_sparsity.truncation import Truncation, _thresholds
@@ -184,6 +186,7 @@ def damage(
     *,
     replacement: str = "zero",
     means: Float[Tensor, "layer neuron"] | None = None,
+    seed: int = 0,
     layers: LayerPasses | None = "alone",
     n_tokens: int = 20,
     per_document: int = 2,
@@ -202,8 +205,9 @@ def damage(
             the search has not seen where you can.
         change: SparsityResult (its thresholds cut), AblationResult (its removable neurons go, replaced as there), or
             (layer, neuron) pairs.
-        replacement: Of neurons given as pairs: `"zero"` or `"mean"`.
+        replacement: Of neurons given as pairs: `"zero"`, `"mean"` or `"resample"` (other tokens of `windows`).
         means: Mean post-activations (`NeuronStatistics.mean_activation`); needed for `"mean"`.
+        seed: Of `"resample"`.
         layers: `"alone"`: each layer changed by itself. `"spared"`: all but this one. None: no passes for layers.
         n_tokens: How many of the tokens hurt most, and of those helped most, are listed; as many groups of tokens.
         per_document: At most so many listed tokens of one document.
@@ -229,15 +233,15 @@ def damage(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     start = time.perf_counter()
     adapter = attach(model)
-    said, hook, touched = _hook_of(adapter, change, replacement, means)
-    passes = _Passes(adapter, windows, batch_size, progress)
-    changed, kl = passes.compare(hook, "changed pass")
-    difference = changed - passes.dense
-    columns = [difference.double(), kl.double()]
-    for row in touched if layers else []:
-        inside, _ = passes.compare(_in_layers(hook, row, layers), f"layer {adapter.info.layers[row]} {layers}")
-        part = inside - passes.dense if layers == "alone" else changed - inside
-        columns.append(part.double())
+    with _changed(adapter, change, replacement, means, windows, seed) as (said, hook, touched):
+        passes = _Passes(adapter, windows, batch_size, progress)
+        changed, kl = passes.compare(hook, "changed pass")
+        difference = changed - passes.dense
+        columns = [difference.double(), kl.double()]
+        for row in touched if layers else []:
+            inside, _ = passes.compare(_in_layers(hook, row, layers), f"layer {adapter.info.layers[row]} {layers}")
+            part = inside - passes.dense if layers == "alone" else changed - inside
+            columns.append(part.double())
     rows = [adapter.info.layers[row] for row in touched] if layers else []
     parts = _parts(torch.stack([column.sum(dim=1) for column in columns], dim=1), windows, rows)
     ppl_dense, rise = math.exp(mean_loss(passes.dense, windows.scored)), parts["rise"].mean
@@ -292,10 +296,11 @@ class _Passes:
         return token_losses(self.adapter, self.windows, on_post=hook, on_rows=on_rows, label=label, **self._options)
 
 
-def _hook_of(
-    adapter: MLPAdapter, change: Any, replacement: str, means: Tensor | None
-) -> tuple[str, PostHook | None, list[int]]:
-    """Return the change in words, the hook that makes it, and the rows of the layers that it changes."""
+@contextmanager
+def _changed(
+    adapter: MLPAdapter, change: Any, replacement: str, means: Tensor | None, windows: Windows, seed: int
+) -> Iterator[tuple[str, PostHook | None, list[int]]]:
+    """Yield the change in words, the hook that makes it, and the rows of the layers that it changes."""
     info = adapter.info
     found = getattr(getattr(change, "model", None), "fingerprint", info.fingerprint)
     if found != info.fingerprint:
@@ -306,16 +311,19 @@ def _hook_of(
         def cut(layer: int, z: Tensor) -> Tensor:
             return truncation.cut(layer, z, adapter.w_norms[layer])
 
-        return f"truncated at {change.name}", cut, list(range(info.n_layers))
+        yield f"truncated at {change.name}", cut, list(range(info.n_layers))
+        return
+    neurons: Any = change
+    origin = ""
     if isinstance(change, AblationResult):
-        neurons, replacement = list(change.removable), change.replacement
-        origin = f", the weakest by {change.ranking}"
-    else:
-        neurons, origin = [(int(layer), int(neuron)) for layer, neuron in change], ""
-    hook = _replacing(adapter, neurons, replacement, means)
-    removed = {layer for layer, _ in neurons}
-    said = f"{len(neurons):,} neurons removed{origin}, {replacement} replacement"
-    return said, hook, [row for row, block in enumerate(info.layers) if block in removed]
+        neurons, replacement, origin = change.removable, change.replacement, f", the weakest by {change.ranking}"
+    mask = neuron_mask(info.layers, info.d_mlp, neurons)
+    # Without means, those of this text would be taken: that is another removal than the one that was measured.
+    corpus = windows if replacement == "resample" else None
+    replacer = Replacer(adapter, replacement, means=means, corpus=corpus, seed=seed)
+    said = f"{int(mask.sum()):,} neurons removed{origin}, {replacement} replacement"
+    with replacer.on_post(mask) as hook:
+        yield said, hook, mask.any(dim=1).nonzero()[:, 0].tolist()
 
 
 def _in_layers(hook: PostHook | None, row: int, layers: str | None) -> PostHook:

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from neuron_sparsity.ablation import AblationResult
+from neuron_sparsity.ablation import AblationResult, ablate
 from neuron_sparsity.adapter import attach
 from neuron_sparsity.errors import CorpusError, MeasurementError
 from neuron_sparsity.model_info import ModelInfo, WeightFacts
@@ -286,27 +286,7 @@ def _removed(hf_model: nn.Module, result: AblationResult, means: Tensor | None) 
         raise ValueError(
             f"replacement {result.replacement!r} cannot be made here; pass a context of your own: f(hf_model)"
         )
-    shape = (info.n_layers, info.d_mlp)
-    if result.replacement == "mean" and (means is None or tuple(means.shape) != shape):
-        raise ValueError(
-            f"the removal replaces neurons by their means: pass means=stats.mean_activation of shape {list(shape)}"
-        )
-    rows = {block: row for row, block in enumerate(info.layers)}
-    of_layer: dict[int, list[int]] = {}
-    for layer, neuron in result.removable:
-        of_layer.setdefault(rows[layer], []).append(neuron)
-    with ExitStack() as stack:
-        for row, neurons in of_layer.items():
-            fill = torch.zeros(len(neurons)) if means is None or result.replacement == "zero" else means[row, neurons]
-
-            def before(
-                module: nn.Module, args: tuple[Tensor, ...], neurons: list[int] = neurons, fill: Tensor = fill
-            ) -> tuple[Tensor, ...]:
-                z = args[0].clone()
-                z[..., neurons] = fill.to(z)
-                return (z, *args[1:])
-
-            stack.callback(projections[row].register_forward_pre_hook(before).remove)
+    with ablate(hf_model, result.removable, replacement=result.replacement, means=means):
         yield
 
 

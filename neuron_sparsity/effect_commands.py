@@ -112,7 +112,7 @@ def evaluate(
             "name with --out the run folder whose results are applied; `neuron-sparsity sparsity` makes one"
         )
     from neuron_sparsity.downstream import require_lm_eval
-    from neuron_sparsity.pipeline import applied_results
+    from neuron_sparsity.run_results import applied_results
     from neuron_sparsity.store import write_json
 
     results, means = applied_results(out)

@@ -15,13 +15,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from neuron_sparsity.adapter import PostHook, attach
+from neuron_sparsity.adapter import attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import Ranking, rank
+from neuron_sparsity.replacement import Replacer
 from neuron_sparsity.saliency import NeuronSaliency, measure_gradients, saliency
 from neuron_sparsity.scores import DEFAULT_RANKING, RANKINGS
 
@@ -81,7 +82,7 @@ def refine(
     if (first.model.fingerprint, first.corpus["sha256"]) != (adapter.info.fingerprint, windows.sha256):
         raise ValueError("first is of another model or other windows; leave it out, or measure saliency on these")
     means = first.mean_activation
-    fill = means if replacement == "mean" else torch.zeros_like(means)
+    replacer = Replacer(adapter, replacement, means=means)
     gone = torch.zeros(means.shape, dtype=torch.bool)
     chosen: list[Int[Tensor, "k 2"]] = []
     found, rest = first, _left(rank(first, by=by, scope=scope), gone)
@@ -91,15 +92,16 @@ def refine(
         gone[rest[:share, 0], rest[:share, 1]] = True
         rest = rest[share:]
         if step < n_rounds:
-            sums = measure_gradients(
-                adapter,
-                windows,
-                means,
-                on_post=_without(gone, fill),
-                batch_size=batch_size,
-                progress=progress,
-                label=f"gradients without {int(gone.sum())} neurons",
-            )
+            with replacer.on_post(gone) as on_post:
+                sums = measure_gradients(
+                    adapter,
+                    windows,
+                    means,
+                    on_post=on_post,
+                    batch_size=batch_size,
+                    progress=progress,
+                    label=f"gradients without {int(gone.sum())} neurons",
+                )
             # Moments of z stay those of the dense model: a mean is the one that is put in.
             found = replace(found, **sums)  # type: ignore[arg-type]
             rest = _left(rank(found, by=by, scope=scope), gone)
@@ -114,15 +116,3 @@ def _left(ranking: Ranking, gone: Bool[Tensor, "layer neuron"]) -> Int[Tensor, "
     """The order of the neurons that are still there; those that went count as the weakest of their layers."""
     order = replace(ranking, scores=ranking.scores.masked_fill(gone, -torch.inf)).order()
     return order[~gone[order[:, 0], order[:, 1]]]
-
-
-def _without(gone: Bool[Tensor, "layer neuron"], fill: Float[Tensor, "layer neuron"]) -> PostHook:
-    """Return the hook that puts the filling in the place of the neurons that are gone."""
-    constants = torch.where(gone, fill, 0.0)
-
-    def on_post(layer: int, z: Tensor) -> Tensor | None:
-        if not bool(gone[layer].any()):
-            return None
-        return torch.where(gone[layer].to(z.device), constants[layer].to(z), z)
-
-    return on_post

@@ -27,7 +27,7 @@ from neuron_sparsity.curves import CettCurves
 from neuron_sparsity.evaluation import Evaluation
 from neuron_sparsity.search import RootEstimate, is_near
 
-__all__ = ["MIN_WINDOWS", "Estimate", "estimate"]
+__all__ = ["MIN_WINDOWS", "Estimate", "estimate", "paired_interval"]
 
 MIN_WINDOWS = 5
 LEVEL = 0.95
@@ -99,9 +99,49 @@ def estimate(
         sums = np.mean([s * (e.rise if metric == "ppl" else e.kl) for s, e in zip(scale, near, strict=True)], axis=0)
         active = np.mean([e.window_activation - e.window_activation.mean() for e in near], axis=0)
         ratios = _draws(sums, near[0].scored, active, root, target, curves, metric == "ppl") + ratio - there
-        tail = stats.norm.cdf(stats.t.ppf((1 - LEVEL) / 2, n_windows - 1) * math.sqrt(n_windows / (n_windows - 1)))
-        low, high = (float(np.clip(edge, 0.0, 1.0)) for edge in np.quantile(ratios, [tail, 1 - tail]))
+        low, high = (float(np.clip(edge, 0.0, 1.0)) for edge in np.quantile(ratios, _tails(n_windows)))
     return Estimate(f"cett_{metric}", root.cett, ratio, low, high, n_windows, len(near), 4 * n_tokens)
+
+
+def paired_interval(
+    sums: Float[np.ndarray, " window"], scored: Float[np.ndarray, " window"]
+) -> tuple[float, float] | None:
+    """Return the 95 % interval of a mean difference per token, by bootstrap over windows.
+
+    Args:
+        sums: Each window's sum of paired differences (changed minus dense, token by token).
+        scored: Its scored tokens.
+
+    Returns:
+        Lower and upper end; None with fewer than 5 windows that are scored.
+
+    Example:
+        >>> low, high = paired_interval(np.array([1.0, 3.0, 2.0, 4.0, 5.0, 3.0]), np.full(6, 10.0))
+        >>> round(low, 2), round(high, 2)
+        (0.16, 0.44)
+    """
+    sums, scored = sums[scored > 0], scored[scored > 0]
+    n = len(sums)
+    if n < MIN_WINDOWS:
+        return None
+    drawn = _drawn(np.stack((sums, scored), axis=1), np.random.default_rng(0))
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], _tails(n))
+    return float(low), float(high)
+
+
+def _drawn(
+    columns: Float[np.ndarray, "window column"], generator: np.random.Generator
+) -> Float[np.ndarray, "draw column"]:
+    """Return the sums over each draw of as many windows as there are."""
+    n = len(columns)
+    blocks = [generator.multinomial(n, np.full(n, 1 / n), size=_BLOCK) @ columns for _ in range(_DRAWS // _BLOCK)]
+    return np.concatenate(blocks)  # memory does not grow with draws times windows
+
+
+def _tails(n_windows: int) -> tuple[float, float]:
+    """Return the two quantiles of the draws that are the ends of the interval."""
+    tail = float(stats.norm.cdf(stats.t.ppf((1 - LEVEL) / 2, n_windows - 1) * math.sqrt(n_windows / (n_windows - 1))))
+    return tail, 1 - tail
 
 
 def _draws(
@@ -115,9 +155,7 @@ def _draws(
 ) -> Float[np.ndarray, " draw"]:
     """Return the dense run's activation ratio at each draw's answer, and how the drawn windows differ in it."""
     generator, n = np.random.default_rng(0), len(sums)
-    columns = np.stack((sums, scored, active), axis=1)
-    blocks = [generator.multinomial(n, np.full(n, 1 / n), size=_BLOCK) @ columns for _ in range(_DRAWS // _BLOCK)]
-    drawn = np.concatenate(blocks)  # memory does not grow with draws times windows
+    drawn = _drawn(np.stack((sums, scored, active), axis=1), generator)
     shift = drawn[:, 0] / np.maximum(drawn[:, 1], 1.0) - sums.sum() / scored.sum()
     shift = shift / target + root.error * generator.standard_normal(_DRAWS)
     log_u = _solved(shift, root.slope) if linear else -np.log(np.maximum(1 + shift, 1e-3)) / root.slope

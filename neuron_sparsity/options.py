@@ -16,6 +16,7 @@ __all__ = [
     "Bos",
     "By",
     "Calibration",
+    "Controls",
     "Device",
     "Dtype",
     "Kernels",
@@ -59,7 +60,7 @@ RANKINGS = (
     "fisher",
     "fisher_mean",
 )
-REPLACEMENTS = ("mean", "zero")
+REPLACEMENTS = ("mean", "zero", "resample")
 
 Model = Annotated[
     str, typer.Argument(help="Hugging Face name, local folder, .gguf file, or a built-in (smollm2-135m).")
@@ -120,7 +121,10 @@ Rules = Annotated[
     ),
 ]
 Points = Annotated[int, typer.Option("--points", help="Passes of each rule, evenly apart in activation ratio.")]
-Replacement = Annotated[str, typer.Option("--replacement", help="mean or zero.")]
+Replacement = Annotated[
+    str, typer.Option("--replacement", help="mean, zero or resample (the value at a random other token).")
+]
+Controls = Annotated[int, typer.Option("--controls", help="Random sets to compare with, as many of every layer.")]
 Scope = Annotated[str, typer.Option("--scope", help="Rank over the whole model, or within each layer: model or layer.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random rankings and controls.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the weights run.")]

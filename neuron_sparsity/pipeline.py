@@ -7,7 +7,6 @@
     damage     -> damage.json          with damage.safetensors; of sparsity.json, or of ablation.json
     passage    -> passage.json         activity of every layer on every token of one window
     pareto     -> pareto.json          every rule over a range of activation ratios; its passes in pareto-passes.json
-    render     -> report.html          needs the folder only, never the model
 
 A step whose file is there already, for the same request, is not run again: an interrupted report goes on where it
 stopped. In a `parallel.session` rank 0 writes these files, into a folder that all ranks see.
@@ -15,14 +14,14 @@ stopped. In a `parallel.session` rank 0 writes these files, into a folder that a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from neuron_sparsity import parallel
-from neuron_sparsity.ablation import AblationResult, removable_neurons
+from neuron_sparsity.ablation import AblationResult, drop_finished_search, removable_sets
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.cett_search import Metric
 from neuron_sparsity.corpus import Windows
@@ -33,7 +32,6 @@ from neuron_sparsity.pareto import ParetoResult, pareto
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import Ranking, rank
 from neuron_sparsity.recorder import drop_finished, record
-from neuron_sparsity.report import Report, report
 from neuron_sparsity.rules import parse_rules
 from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency, saliency
 from neuron_sparsity.scores import RANKINGS, best_ranking
@@ -43,7 +41,7 @@ from neuron_sparsity.store import RunFolder, blaming, decode, read_json, write_j
 from neuron_sparsity.truncation import TokenActivity, token_activity
 from neuron_sparsity.typed import checked
 
-__all__ = ["Run", "applied_results", "load_run", "render"]
+__all__ = ["CALIBRATION_SHARE", "Run"]
 
 CALIBRATION_SHARE = 2 / 3
 _MAX_WINDOW_BYTES = 64 << 20
@@ -201,24 +199,55 @@ class Run:
         ranking: str | None = None,
     ) -> AblationResult:
         """Find what can go for good, or read it if the folder has it for the same question."""
+        question = {"ranking": ranking, "replacement": replacement, "scope": scope, "seed": seed}
+        return self.ablations(stats, p_percents=(p_percent,), **question)[0]  # type: ignore[arg-type]
+
+    def ablations(
+        self,
+        stats: NeuronStatistics,
+        *,
+        p_percents: Sequence[float],
+        replacement: str,
+        scope: str,
+        seed: int,
+        ranking: str | None = None,
+        n_controls: int = 3,
+    ) -> tuple[AblationResult, ...]:
+        """Find what can go at several p, or read it: first `ablation.json`, then `ablation-p<p>.json`.
+
+        What an interrupted search has measured is taken up.
+        """
         ranking = ranking or self.default_ranking(replacement)
-        asked = (p_percent, ranking, replacement, scope, seed, self.calibration.sha256, self.ranked_on(stats, ranking))
-        found = self._found("ablation.json", AblationResult.from_json, lambda old: _question(old) == asked)
-        if found is not None:
-            return found
-        removed = removable_neurons(
-            self.adapter,
-            self.calibration,
-            self.rank(stats, ranking, scope, seed),
-            p_percent=p_percent,
-            replacement=replacement,
-            heldout=self.confirmation,
-            seed=seed,
-            batch_size=self.batch_size,
-            progress=self.progress,
-        )
-        write_json(self.folder.file("ablation.json"), removed.to_json())
-        return removed
+        names = ["ablation.json", *(f"ablation-p{p:g}.json" for p in p_percents[1:])]
+        asked = (ranking, replacement, scope, seed, self.calibration.sha256, self.ranked_on(stats, ranking))
+        found = [
+            self._found(name, AblationResult.from_json, partial(_same_removal, (p, *asked), n_controls))
+            for name, p in zip(names, p_percents, strict=True)
+        ]
+        if not all(result is not None for result in found):
+            found = list(
+                removable_sets(
+                    self.adapter,
+                    self.calibration,
+                    self.rank(stats, ranking, scope, seed),
+                    p_percents=p_percents,
+                    replacement=replacement,
+                    heldout=self.confirmation,
+                    n_controls=n_controls,
+                    seed=seed,
+                    folder=self.folder.path,
+                    batch_size=self.batch_size,
+                    progress=self.progress,
+                )
+            )
+            for name, result in zip(names, found, strict=True):
+                write_json(self.folder.file(name), result.to_json())
+        drop_finished_search(self.folder.path, found[0])
+        return tuple(found)
+
+    def known_sparsity(self) -> SparsityResult | None:
+        """Return what `sparsity.json` holds, if it is there."""
+        return self._found("sparsity.json", SparsityResult.from_json, lambda old: True)
 
     def damage(self, p_percent: float | None, *, layers: Any = "alone") -> DamageResult:
         """Measure what the truncation for a p does to single tokens; what the folder's ablation does, if p is None.
@@ -332,82 +361,16 @@ class Run:
         return old if decode(path, lambda: same(old)) else None
 
 
-def load_run(path: str | Path) -> dict[str, Any]:
-    """Return what a run folder holds: `stats`, `result`, `removed`, `passage`, `pareto`; None for steps not taken.
-
-    Raises:
-        RunFolderError: If it is no run folder, or a file in it is damaged or newer.
-    """
-    folder = RunFolder(path)
-    builders: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
-        "result": ("sparsity.json", SparsityResult.from_json),
-        "removed": ("ablation.json", AblationResult.from_json),
-        "passage": ("passage.json", TokenActivity.from_json),
-        "pareto": ("pareto.json", ParetoResult.from_json),
-    }
-    found: dict[str, Any] = {"stats": NeuronStatistics.load(folder.path)}
-    for key, (name, build) in builders.items():
-        file = folder.file(name)
-        data = read_json(file) if folder.has(name) else None
-        with blaming(file):
-            found[key] = None if data is None else checked(build(data))
-    return found
-
-
-def applied_results(path: str | Path) -> tuple[list[Any], Any]:
-    """Return the results of a run folder that can be applied to a model, and the means that a removal needs.
-
-    Returns:
-        The truncations by p (those that are reached), then the removal; means [layer, neuron], or None.
-
-    Raises:
-        RunFolderError: If it is no run folder, has no such result, or a file in it is damaged.
-    """
-    folder = RunFolder(path)
-    found: list[Any] = []
-    for file in sorted(folder.path.glob("sparsity*.json")):
-        data = read_json(file)
-        with blaming(file):
-            result = checked(SparsityResult.from_json(data))
-        found += [result] if result.reached else []
-    found.sort(key=lambda result: result.p_percent)
-    means = None
-    if folder.has("ablation.json"):
-        file = folder.file("ablation.json")
-        data = read_json(file)
-        with blaming(file):
-            removed = checked(AblationResult.from_json(data))
-        if removed.n_removable:
-            found.append(removed)
-            means = NeuronStatistics.load(folder.path).mean_activation if removed.replacement == "mean" else None
-    if not found:
-        raise RunFolderError(f"{path} has no result to apply; `neuron-sparsity sparsity --out {path}` makes one")
-    return found, means
-
-
-def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:
-    """Write `report.html` of a run folder from what it holds; no model is loaded.
-
-    Args:
-        path: The run folder.
-        found: What `load_run` returned, if it was called already.
-
-    Raises:
-        RunFolderError: If there is nothing to render, files do not fit together, or the page cannot be written.
-    """
-    found = load_run(path) if found is None else found
-    mend = "if a file in it was edited, delete that file and run its step again"
-    with blaming(Path(path), "cannot be rendered", mend):
-        parts = {"passage": found["passage"], "pareto": found.get("pareto")}
-        page = report(found["stats"], found["result"], found["removed"], **parts)
-        page.save(Path(path) / "report.html")
-    return page
-
-
 def _answers(asked: tuple[Any, ...], old: SparsityResult) -> bool:
     """Whether a search answers what is asked: p, metric, text, and text of the thresholds if it is another."""
     other = None if old.calibration is None else old.calibration["sha256"]
     return (old.p_percent, old.metric.removeprefix("cett_"), old.corpus["sha256"], other) == asked
+
+
+def _same_removal(asked: tuple[Any, ...], n_controls: int, removed: AblationResult) -> bool:
+    """Whether a removal answers what is asked, with as many controls (files of the first version have one)."""
+    made = 0 if removed.control is None else len(removed.control.get("seeds", [0]))
+    return _question(removed) == asked and (removed.n_removable == 0 or made == n_controls)
 
 
 def _question(removed: AblationResult) -> tuple[Any, ...]:

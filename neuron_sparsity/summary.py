@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.interval import Estimate
@@ -12,7 +13,7 @@ from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 
-__all__ = ["law_lines", "pareto_lines", "summary_lines"]
+__all__ = ["law_lines", "pareto_lines", "side_by_side", "summary_lines"]
 
 
 def law_lines(fit: LawFit, source: str) -> list[str]:
@@ -119,7 +120,20 @@ def summary_lines(
         lines += _neuron_lines(stats, thresholds=result is None or result.reached)
     if removed is not None:
         lines += _removal_lines(removed)
+    if result is not None and removed is not None:
+        lines += side_by_side(result, removed)
     return lines
+
+
+def side_by_side(result: SparsityResult, removed: AblationResult) -> list[str]:
+    """Return how many neurons idle token by token and how many can go for good, in one line, if both are known."""
+    if not result.reached:
+        return []
+    idle, gone = result.sparsity_ratio, removed.n_removable / removed.n_neurons
+    return [
+        f"side by side: on an average token {100 * idle:.1f} % of the neurons can idle at {result.name} "
+        f"({result.corpus['n_tokens']:,} tokens), for good {100 * gone:.2f} % can go at {removed.p_percent:g} %"
+    ]
 
 
 def _sparsity_lines(result: SparsityResult) -> list[str]:
@@ -182,16 +196,47 @@ def _removal_lines(removed: AblationResult) -> list[str]:
         f"{removed.n_removable:,} of {removed.n_neurons:,} neurons ({removed.ppl_increase_percent:+.3f} %, "
         f"{removed.corpus['n_tokens']:,} tokens)"
     ]
+    if not removed.reached:
+        lines.append(f"  {removed.p_percent:g} % is not reached: no set that was tried costs more")
+    elif removed.n_removable == 0:
+        lines.append("  already the weakest neuron of this ranking costs more")
+    if not removed.resolved:
+        lines.append("  the passes of the search were spent before it was known to 1 %: more may go")
     if removed.control is not None:
-        lines.append(
-            f"  control, as many random neurons of every layer: {removed.control['ppl_increase_percent']:+.3f} %"
-        )
+        lines.append(_control_line(removed.control))
+    elif removed.n_removable:
+        lines.append("  no control: nothing is known of what as many random neurons cost")
     if removed.heldout is not None:
-        verdict = "holds" if removed.heldout["holds"] else "does not hold"
-        if not removed.heldout.get("unseen_by_ranking", True):
-            verdict += ", but the ranking has seen this text"
+        lines += _heldout_lines(removed.heldout)
+    return lines
+
+
+def _control_line(control: dict[str, Any]) -> str:
+    line = f"  control, as many random neurons of every layer: {control['ppl_increase_percent']:+.3f} %"
+    if "seeds" not in control:  # of the first version
+        return line
+    seeds, spread = control["seeds"], control["sd_percent"]
+    line += f" (mean of {len(seeds)} seeds, sd {spread:.3f}" if spread is not None else " (1 seed"
+    line += f"; {control['n_tokens']:,} tokens)"
+    return line if control["ratio"] is None else f"{line}, {control['ratio']:.2f} times the damage of this ranking"
+
+
+def _heldout_lines(heldout: dict[str, Any]) -> list[str]:
+    verdict = heldout.get("verdict", "holds" if heldout["holds"] else "does not hold")
+    if not heldout.get("unseen_by_ranking", True):
+        verdict += ", but the ranking has seen this text"
+    line = f"  on {heldout['corpus']['n_tokens']:,} held-out tokens: {heldout['ppl_increase_percent']:+.3f} %"
+    interval = heldout.get("interval")
+    if interval:
+        line += f", 95 % interval {interval[0]:+.3f} to {interval[1]:+.3f} %"
+    lines = [f"{line}, {verdict}"]
+    holding = heldout.get("holding")
+    if holding:
+        upper = f", at most {holding['interval'][1]:+.3f} %" if holding["interval"] else ""
         lines.append(
-            f"  on {removed.heldout['corpus']['n_tokens']:,} held-out tokens: "
-            f"{removed.heldout['ppl_increase_percent']:+.3f} %, {verdict}"
+            f"  the {holding['n_removable']:,} weakest hold there ({holding['ppl_increase_percent']:+.3f} %{upper}), "
+            "chosen on that text"
         )
+    elif not heldout["holds"] and "holding" in heldout:
+        lines.append(f"  no shorter set holds there of {heldout['holding_tried']} that were tried")
     return lines

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from neuron_sparsity.report._charts import Chart, asinh_axis, layer_axis, linear_axis
 from neuron_sparsity.report._classes import layer_labels
 from neuron_sparsity.report._fragments import figure, folded, note, table
+from neuron_sparsity.report._summary import control_line
 from neuron_sparsity.report._text import count, number, percent, percent_of, replacement, signed, target, visible
 
 if TYPE_CHECKING:
@@ -175,8 +176,10 @@ def removal_curve(removed: AblationResult) -> str:
     chart = Chart(x, asinh_axis(heights, "perplexity rise", unit=max(removed.p_percent, 1e-3)), title)
     chart.rule(removed.p_percent, f"target +{target(removed.p_percent)}")
     chart.line(points)
+    some = {p["n_removed"]: p["n_tokens"] for p in removed.curve if p.get("standard_error_percent")}
     for removed_count, rise in points:
-        chart.point(removed_count, rise, f"{count(removed_count)} removed: perplexity {signed(rise)}")
+        by = f", estimated from {count(some[removed_count])} tokens" if removed_count in some else ""
+        chart.point(removed_count, rise, f"{count(removed_count)} removed: perplexity {signed(rise)}{by}")
     said = {
         "control": f"control, {visible(removed.control.get('kind', 'random'))}" if removed.control else "",
         "held": "held-out text",
@@ -235,12 +238,24 @@ def removal_verdict(removed: AblationResult) -> str:
         said.append(
             f"On held-out text it rises by {percent(held['ppl_increase_percent'])}, within the target: the set holds."
         )
+    elif held.get("verdict") == "not refuted":
+        low, high = (signed(end) for end in held["interval"])
+        said.append(
+            f"On held-out text perplexity changes by {signed(held['ppl_increase_percent'])}, with a 95 % interval of "
+            f"{low} to {high}: the target is not refuted there, nor confirmed."
+        )
     else:
         said.append(
             f"On held-out text perplexity changes by {signed(held['ppl_increase_percent'])}, beyond the target: the "
             "set does not hold there, and fewer neurons can really go."
         )
+    if held and held.get("holding"):
+        fewer = held["holding"]
+        said.append(
+            f"The {count(fewer['n_removable'])} weakest do hold there ({signed(fewer['ppl_increase_percent'])}), but "
+            "they were chosen on that text."
+        )
     if removed.control:
-        kind, rise = visible(removed.control.get("kind", "random")), signed(removed.control.get("ppl_increase_percent"))
-        said.append(f"Control ({kind}): {rise} for as many neurons.")
+        kind = visible(removed.control.get("kind", "random"))
+        said.append(f"Control ({kind}). {control_line(removed.control)}")
     return Markup('<p class="verdict">{}</p>').format(" ".join(said))

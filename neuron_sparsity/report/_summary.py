@@ -44,9 +44,24 @@ def _holds(removed: AblationResult) -> str:
         return "not checked on held-out text"
     rise = signed(heldout["ppl_increase_percent"])
     text = "held-out text" if heldout.get("unseen_by_ranking", True) else "held-out text that the ranking has seen"
+    if heldout.get("interval"):
+        rise += f", 95 % interval {signed(heldout['interval'][0])} to {signed(heldout['interval'][1])}"
     if heldout.get("holds"):
         return f"holds on {text} ({rise})"
+    if heldout.get("verdict") == "not refuted":
+        return f"is not refuted on {text}: {rise} there, around the target of {target(removed.p_percent)}"
     return f"does not hold on {text}: {rise} there, over the target of {target(removed.p_percent)}"
+
+
+def control_line(control: Mapping[str, Any]) -> str:
+    """Return what as many random neurons cost, beside what the ranking's cost on the same tokens."""
+    said = f"As many random neurons of every layer: {signed(control['ppl_increase_percent'])}"
+    if "seeds" not in control:  # of the first version
+        return f"{said}."
+    seeds = len(control["seeds"])
+    said += f" (mean of {count(seeds)} seeds, standard deviation {number(control['sd_percent'])})" if seeds > 1 else ""
+    said += f" on {count(control['n_tokens'])} tokens"
+    return f"{said}." if control["ratio"] is None else f"{said}: {number(control['ratio'])} times the damage of these."
 
 
 def headline(
@@ -155,6 +170,8 @@ def _removable_card(removed: AblationResult) -> Markup:
     ]
     held = _holds(removed)
     lines.append(f"{held[0].upper()}{held[1:]}.")
+    if removed.control:
+        lines.append(control_line(removed.control))
     limit = f"at most +{target(removed.p_percent)}"
     definition = f"In order of {visible(removed.ranking)}, replaced by {replacement(removed)}, {limit}."
     tone = "warn" if removed.heldout and not removed.heldout.get("holds") else ""

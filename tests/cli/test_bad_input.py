@@ -230,7 +230,7 @@ def test_full_disk_loses_nothing(measure: Callable[..., Any], monkeypatch: pytes
         assert "the disk is full" in measure("report", "--out", tmp_path / "run").error()
     names = {path.name for path in (tmp_path / "run").iterdir()}
     tensors = {f"{name}.safetensors" for name in ("windows", "statistics", "saliency")}
-    assert names == {"run.json", "sparsity.json"} | tensors
+    assert names == {"run.json", "sparsity.json", "ablation.partial.json"} | tensors
     monkeypatch.setattr("neuron_sparsity.pipeline.cett_ppl_sparsities", None)
     monkeypatch.setattr("neuron_sparsity.pipeline.record", None)
     monkeypatch.setattr("neuron_sparsity.pipeline.saliency", None)

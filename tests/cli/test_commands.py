@@ -205,7 +205,7 @@ def test_finished_steps_are_not_taken_again(
 ) -> None:
     folder = whole_run()
     before = {name: (folder / name).read_bytes() for name in FILES}
-    for step in ("cett_ppl_sparsities", "record", "saliency", "removable_neurons", "token_activity"):
+    for step in ("cett_ppl_sparsities", "record", "saliency", "removable_sets", "token_activity"):
         monkeypatch.setattr(f"neuron_sparsity.pipeline.{step}", refuse)
     done = measure("report", "--out", folder)
     assert (done.code, done.err) == (0, "")
@@ -230,9 +230,9 @@ STEPS = {
     "sparsity": ("neuron_sparsity.evaluation", "truncated_losses", {"run.json", "windows.safetensors"}),
     "record": ("neuron_sparsity.kernels", "neuron_statistics", {"sparsity.json", "record.partial.safetensors"}),
     "ablate": (
-        "neuron_sparsity.ablation",
+        "neuron_sparsity.removal",
         "token_losses",
-        {"sparsity.json", "statistics.safetensors", "saliency.safetensors"},
+        {"sparsity.json", "statistics.safetensors", "saliency.safetensors", "ablation.partial.json"},
     ),
 }
 

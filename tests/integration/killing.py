@@ -26,8 +26,9 @@ import torch
 from neuron_sparsity import pipeline
 from neuron_sparsity.adapter import attach, load_model
 from neuron_sparsity.corpus import load_corpus
-from neuron_sparsity.pipeline import Run, render
+from neuron_sparsity.pipeline import Run
 from neuron_sparsity.recorder import record
+from neuron_sparsity.run_results import render
 from neuron_sparsity.store import read_json, read_tensors
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.chmod", "os.mkdir")

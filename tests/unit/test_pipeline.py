@@ -15,8 +15,9 @@ import torch
 from neuron_sparsity import pipeline
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import RunFolderError
-from neuron_sparsity.pipeline import Run, load_run, render
+from neuron_sparsity.pipeline import Run
 from neuron_sparsity.recorder import PARTIAL
+from neuron_sparsity.run_results import load_run, render
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import read_tensors, write_tensors
 
@@ -45,7 +46,7 @@ def run(model: Any, windows: Windows, tmp_path: Path) -> Callable[..., Run]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The measurements that were made, in order."""
     made: list[str] = []
-    for name in ("cett_ppl_sparsities", "record", "saliency", "removable_neurons", "token_activity"):
+    for name in ("cett_ppl_sparsities", "record", "saliency", "removable_sets", "token_activity"):
         original = getattr(pipeline, name)
 
         def counted(*arguments: Any, name: str = name, original: Any = original, **options: Any) -> Any:
@@ -80,11 +81,11 @@ def test_each_question_is_measured_once(run: Callable[..., Run], passes: list[st
         fresh.passage(result)
         return list(passes)
 
-    everything = ["cett_ppl_sparsities", "record", "removable_neurons", "token_activity"]
+    everything = ["cett_ppl_sparsities", "record", "removable_sets", "token_activity"]
     assert steps(1.0) == everything
     assert steps(1.0) == []
     for change in ({"ranking": "maximum"}, {"replacement": "zero"}, {"scope": "layer"}, {"seed": 3}):
-        assert steps(1.0, **change) == ["removable_neurons"], change
+        assert steps(1.0, **change) == ["removable_sets"], change
         assert steps(1.0, **change) == []
     assert steps(50.0) == everything
 
@@ -207,10 +208,10 @@ def test_gradients_are_measured_once_and_only_where_a_ranking_needs_them(
         fresh.ablate(fresh.record(), p_percent=1.0, **QUESTION | changes)
         return list(passes)
 
-    assert steps() == ["record", "removable_neurons"]
-    assert steps(ranking=None) == ["saliency", "removable_neurons"]
+    assert steps() == ["record", "removable_sets"]
+    assert steps(ranking=None) == ["saliency", "removable_sets"]
     assert steps(ranking=None) == steps(ranking="fisher_mean") == []
-    assert steps(ranking=None, replacement="zero") == ["removable_neurons"]
+    assert steps(ranking=None, replacement="zero") == ["removable_sets"]
     found = load_run(run().folder.path)["removed"]
     assert (found.ranking, found.replacement) == ("fisher", "zero")
     assert found.ranking_corpus["sha256"] == found.corpus["sha256"] == run(heldout=True).calibration.sha256
@@ -234,4 +235,4 @@ def test_where_weights_are_away_the_default_needs_no_gradients(
     monkeypatch.setattr(type(here.adapter), "offloaded", True)
     removed = here.ablate(here.record(), p_percent=1.0, **QUESTION | {"ranking": None})
     assert removed.ranking == "fluctuation"
-    assert passes == ["record", "removable_neurons"]
+    assert passes == ["record", "removable_sets"]

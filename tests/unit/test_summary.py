@@ -105,6 +105,35 @@ def test_every_number_is_said_with_what_it_was_measured_on(
         "removable for good at 1 % (contribution, mean replacement): 2 of 4 neurons (+0.500 %, 2,000 tokens)",
         "  control, as many random neurons of every layer: +50.000 %",
         "  on 1,000 held-out tokens: +1.500 %, does not hold",
+        "side by side: on an average token 75.0 % of the neurons can idle at CETT-PPL-1% (2,000 tokens), for good "
+        "50.00 % can go at 1 %",
+    ]
+
+
+def test_a_removal_says_its_controls_its_interval_and_what_holds(removed: AblationResult) -> None:
+    control = {"ppl_increase_percent": 3.0, "seeds": [0, 1, 2], "sd_percent": 0.25, "n_tokens": 500, "ratio": 2.5}
+    holding = {"n_removable": 1, "ppl_increase_percent": 0.2, "interval": [-0.5, 0.9]}
+    heldout = {"ppl_increase_percent": 1.5, "interval": [0.5, 2.5], "verdict": "not refuted", "holds": False}
+    heldout |= {"corpus": {**CORPUS, "n_tokens": 1000}, "holding": holding, "holding_tried": 2}
+    lines = summary_lines(None, None, replace(removed, control=control, heldout=heldout))
+    assert lines[2:] == [
+        "  control, as many random neurons of every layer: +3.000 % (mean of 3 seeds, sd 0.250; 500 tokens), "
+        "2.50 times the damage of this ranking",
+        "  on 1,000 held-out tokens: +1.500 %, 95 % interval +0.500 to +2.500 %, not refuted",
+        "  the 1 weakest hold there (+0.200 %, at most +0.900 %), chosen on that text",
+    ]
+    one = control | {"seeds": [0], "sd_percent": None, "ratio": None}
+    none = summary_lines(None, None, replace(removed, control=one, heldout=heldout | {"holding": None}))
+    assert none[2].endswith("+3.000 % (1 seed; 500 tokens)")
+    assert none[4] == "  no shorter set holds there of 2 that were tried"
+
+
+def test_a_removal_says_what_it_does_not_know(removed: AblationResult) -> None:
+    everything = summary_lines(None, None, replace(removed, reached=False, control=None, resolved=False))
+    assert everything[2:5] == [
+        "  1 % is not reached: no set that was tried costs more",
+        "  the passes of the search were spent before it was known to 1 %: more may go",
+        "  no control: nothing is known of what as many random neurons cost",
     ]
 
 
@@ -133,7 +162,7 @@ def test_what_did_not_come_out_is_said(result: SparsityResult) -> None:
 def test_parts_that_were_not_measured_are_left_out(removed: AblationResult, stats: NeuronStatistics) -> None:
     assert summary_lines(None, None, None) == []
     nothing = summary_lines(None, None, replace(removed, n_removable=0, removable=(), control=None, heldout=None))
-    assert len(nothing) == 2
     assert "0 of 4 neurons" in nothing[1]
+    assert nothing[2:] == ["  already the weakest neuron of this ranking costs more"]
     never_zero = replace(stats, zero_count=torch.zeros(1, 4, dtype=torch.int64), threshold_names=())
     assert summary_lines(None, never_zero, None)[1:] == ["exactly zero on all 2,000 tokens: 0 of 4 neurons"]

@@ -1,0 +1,91 @@
+"""What a run folder holds, read without the model: for the page, for commands on a folder, to be applied to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from neuron_sparsity.ablation import AblationResult
+from neuron_sparsity.errors import RunFolderError
+from neuron_sparsity.pareto import ParetoResult
+from neuron_sparsity.report import Report, report
+from neuron_sparsity.sparsity import SparsityResult
+from neuron_sparsity.statistics import NeuronStatistics
+from neuron_sparsity.store import RunFolder, blaming, read_json
+from neuron_sparsity.truncation import TokenActivity
+from neuron_sparsity.typed import checked
+
+__all__ = ["applied_results", "load_run", "render"]
+
+
+def load_run(path: str | Path) -> dict[str, Any]:
+    """Return what a run folder holds: `stats`, `result`, `removed`, `passage`, `pareto`; None for steps not taken.
+
+    Raises:
+        RunFolderError: If it is no run folder, or a file in it is damaged or newer.
+    """
+    folder = RunFolder(path)
+    builders: dict[str, tuple[str, Callable[[dict[str, Any]], Any]]] = {
+        "result": ("sparsity.json", SparsityResult.from_json),
+        "removed": ("ablation.json", AblationResult.from_json),
+        "passage": ("passage.json", TokenActivity.from_json),
+        "pareto": ("pareto.json", ParetoResult.from_json),
+    }
+    found: dict[str, Any] = {"stats": NeuronStatistics.load(folder.path)}
+    for key, (name, build) in builders.items():
+        file = folder.file(name)
+        data = read_json(file) if folder.has(name) else None
+        with blaming(file):
+            found[key] = None if data is None else checked(build(data))
+    return found
+
+
+def applied_results(path: str | Path) -> tuple[list[Any], Any]:
+    """Return the results of a run folder that can be applied to a model, and the means that a removal needs.
+
+    Returns:
+        The truncations by p (those that are reached), then the removal; means [layer, neuron], or None.
+
+    Raises:
+        RunFolderError: If it is no run folder, has no such result, or a file in it is damaged.
+    """
+    folder = RunFolder(path)
+    found: list[Any] = []
+    for file in sorted(folder.path.glob("sparsity*.json")):
+        data = read_json(file)
+        with blaming(file):
+            result = checked(SparsityResult.from_json(data))
+        found += [result] if result.reached else []
+    found.sort(key=lambda result: result.p_percent)
+    means = None
+    if folder.has("ablation.json"):
+        file = folder.file("ablation.json")
+        data = read_json(file)
+        with blaming(file):
+            removed = checked(AblationResult.from_json(data))
+        if removed.n_removable:
+            found.append(removed)
+            means = NeuronStatistics.load(folder.path).mean_activation if removed.replacement == "mean" else None
+    if not found:
+        raise RunFolderError(f"{path} has no result to apply; `neuron-sparsity sparsity --out {path}` makes one")
+    return found, means
+
+
+def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:
+    """Write `report.html` of a run folder from what it holds; no model is loaded.
+
+    Args:
+        path: The run folder.
+        found: What `load_run` returned, if it was called already.
+
+    Raises:
+        RunFolderError: If there is nothing to render, files do not fit together, or the page cannot be written.
+    """
+    found = load_run(path) if found is None else found
+    mend = "if a file in it was edited, delete that file and run its step again"
+    with blaming(Path(path), "cannot be rendered", mend):
+        parts = {"passage": found["passage"], "pareto": found.get("pareto")}
+        page = report(found["stats"], found["result"], found["removed"], **parts)
+        page.save(Path(path) / "report.html")
+    return page
