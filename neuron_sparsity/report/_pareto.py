@@ -161,6 +161,8 @@ def save_pareto_figure(result: ParetoResult, folder: str | Path) -> list[str]:
         )
     corpus = result.corpus
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("activation ratio")
     axes.set_ylabel("perplexity")
     axes.set_title(f"{result.model.name} on {corpus['name']}, {corpus['n_tokens']:,} tokens", fontsize=10)
