@@ -18,11 +18,14 @@ def main() -> None:
     options.add_argument("--p", type=float, nargs="+", default=[1.0, 5.0, 10.0])
     options.add_argument("--rules", nargs="+", default=[])
     options.add_argument("--points", type=int, default=6)
+    options.add_argument("--n-ctx", type=int, default=None, help="tokens a window")
     options.add_argument("--batch-size", type=int, default=None)
     options.add_argument("--folder", type=Path, default=None)
     options.set_defaults(tokens=4096)
     given = options.parse_args()
     adapter, windows = load(given)
+    if given.n_ctx is not None:
+        windows = ns.load_corpus(given.text, adapter.model, n_tokens=given.tokens, n_ctx=given.n_ctx)
     if given.folder is not None:
         make_folder(given.folder)
 

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from neuron_sparsity.report._charts import Chart, asinh_axis, linear_axis
 from neuron_sparsity.report._fragments import figure, folded, note, table
 from neuron_sparsity.report._text import count, join, number, signed, target, visible
+from neuron_sparsity.rules import RULES
 from neuron_sparsity.store import write_bytes
 
 if TYPE_CHECKING:
@@ -80,7 +81,9 @@ def pareto_table(result: ParetoResult) -> str:
         parts.append(table(header, rows, caption=caption))
     verdicts = join(Markup("<p class=facts>{}</p>").format(line) for line in _verdicts(result))
     body = join((parts[0], verdicts, folded("By KL divergence, which the same text tells more exactly", parts[1])))
-    return figure("What each rule needs", body, "", wide=True)
+    used = dict.fromkeys(curve.rule for curve in result.curves)
+    caption = "; ".join(f"{visible(rule)}: {RULES.get(rule, 'a rule of another version')}" for rule in used)
+    return figure("What each rule needs", body, f"A neuron is active where, by {caption}.", wide=True)
 
 
 def _verdicts(result: ParetoResult) -> list[str]:
@@ -161,6 +164,8 @@ def save_pareto_figure(result: ParetoResult, folder: str | Path) -> list[str]:
         )
     corpus = result.corpus
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("activation ratio")
     axes.set_ylabel("perplexity")
     axes.set_title(f"{result.model.name} on {corpus['name']}, {corpus['n_tokens']:,} tokens", fontsize=10)
