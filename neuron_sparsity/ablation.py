@@ -29,6 +29,7 @@ from neuron_sparsity import parallel
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
 from neuron_sparsity.confirmation import compare, confirm, rise_percent
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.overlap import share_text
 from neuron_sparsity.perplexity import Progress, default_batch_size
 from neuron_sparsity.ranking import Ranking
 from neuron_sparsity.removal import PrefixSearch, Removals, order_hash
@@ -80,8 +81,9 @@ class AblationResult:
         heldout: The same removal on text that the search never saw: `interval` is the 95 % interval of the rise in
             percent (None with fewer than 5 windows: then the point decides), `verdict` is "holds", "not refuted" or
             "fails", `holds` whether it is the first; `holding` is the shorter prefix that holds there, chosen on that
-            text, or None. `unseen_by_ranking` is true where the ranking was made on the calibration part alone.
-        ranking_corpus: What the ranking was made on.
+            text, or None. `unseen_by_ranking` is true where the ranking is known to have seen nothing of it.
+        ranking_corpus: What the ranking was made on; `unseen_in_search`: whether the calibration part shares nothing
+            with it. A ranking flatters itself on its own text.
         model: What was measured.
         corpus: The calibration part.
         cost: `forward_passes` over the calibration part, all in all, each counted once; `seconds` of this call.
@@ -174,6 +176,7 @@ def removable_sets(
     p_percents: Sequence[float] = (1.0, 5.0),
     replacement: str = "mean",
     heldout: Windows | None = None,
+    ranked_on: Windows | None = None,
     n_controls: int = 3,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -189,6 +192,8 @@ def removable_sets(
         p_percents: Rises of perplexity that are allowed, > 0.
         replacement: `"mean"`, `"zero"` or `"resample"`, which draws from the calibration part.
         heldout: Windows to confirm on; then the search takes all of `windows`.
+        ranked_on: Text that the ranking was made on, if not on the calibration part: the result tells what it has
+            seen of the others.
         n_controls: How many random controls, with seeds from `seed` on.
         seed: Of the controls, and of `"resample"`.
         folder: Where what was measured is kept after every piece of a pass, in `ablation.partial.json`; another call
@@ -215,7 +220,9 @@ def removable_sets(
         corpus=windows if replacement == "resample" else None,
         seed=seed,
     )
-    run = _Run(adapter, {_CALIBRATION: windows, _HELDOUT: heldout}, ranking, replacer, seed)
+    if ranked_on is not None and ranked_on.sha256 != ranking.corpus["sha256"]:
+        raise ValueError(f"ranked_on is not what the ranking was made on ({ranking.corpus['name']}); leave it out")
+    run = _Run(adapter, {_CALIBRATION: windows, _HELDOUT: heldout}, ranking, ranked_on, replacer, seed)
     run.begin(folder, batch_size, progress)
     found = {
         p: run.result(p, n_controls, _MAX_PASSES + k * _FURTHER_PASSES)
@@ -261,9 +268,16 @@ class _Run:
     """One search: its passes, and what is read from them."""
 
     def __init__(
-        self, adapter: MLPAdapter, texts: Mapping[str, Windows], ranking: Ranking, replacer: Replacer, seed: int
+        self,
+        adapter: MLPAdapter,
+        texts: Mapping[str, Windows],
+        ranking: Ranking,
+        ranked_on: Windows | None,
+        replacer: Replacer,
+        seed: int,
     ) -> None:
         self.adapter, self.texts, self.ranking, self.replacer, self.seed = adapter, texts, ranking, replacer, seed
+        self.ranked_on = ranked_on
         self.sha256 = order_hash(ranking)
         self.start = time.perf_counter()
         self.share = texts[_HELDOUT].n_tokens / texts[_CALIBRATION].n_tokens
@@ -322,7 +336,7 @@ class _Run:
         control = compare(self.removals, _CALIBRATION, n, seeds, limit - confirming) if n and seeds else None
         heldout = confirm(self.removals, _HELDOUT, n, p_percent, search, limit) if n else None
         if heldout is not None:
-            heldout["unseen_by_ranking"] = self.ranking.corpus["sha256"] == self.texts[_CALIBRATION].sha256
+            heldout["unseen_by_ranking"] = self._unseen_by_ranking(_HELDOUT)
         return AblationResult(
             p_percent=p_percent,
             ranking=self.ranking.by,
@@ -338,7 +352,7 @@ class _Run:
             curve=tuple(self._point(search, count) for count in (0, *search.counts())),
             control=control,
             heldout=heldout,
-            ranking_corpus=self.ranking.corpus,
+            ranking_corpus=self.ranking.corpus | {"unseen_in_search": self._unseen_by_ranking(_CALIBRATION)},
             model=self.adapter.info,
             corpus=self.texts[_CALIBRATION].describe(),
             cost={"forward_passes": self.removals.passes, "seconds": time.perf_counter() - self.start},
@@ -346,6 +360,12 @@ class _Run:
             ranking_sha256=self.sha256,
             resolved=resolved,
         )
+
+    def _unseen_by_ranking(self, text: str) -> bool:
+        """Whether a text shares nothing with what the ranking was made on; False where that is not known."""
+        if self.ranked_on is not None:
+            return not share_text(self.texts[text], self.ranked_on)
+        return text == _HELDOUT and bool(self.ranking.corpus["sha256"] == self.texts[_CALIBRATION].sha256)
 
     def _point(self, search: PrefixSearch, n: int) -> dict[str, float]:
         rise, error = search.estimate(n)

@@ -24,6 +24,7 @@ from neuron_sparsity.console import (
 )
 from neuron_sparsity.options import (
     DEFAULT_MODEL,
+    DEFAULT_RANKING_TOKENS,
     DEFAULT_TOKENS,
     RANKINGS,
     AsJson,
@@ -44,6 +45,7 @@ from neuron_sparsity.options import (
     Points,
     Ps,
     Quiet,
+    RankingTokens,
     RemoteCode,
     Replacement,
     Rules,
@@ -85,6 +87,7 @@ def report(
     out: Out = None,
     ranking: By = None,
     replacement: Replacement = "mean",
+    ranking_tokens: RankingTokens = DEFAULT_RANKING_TOKENS,
     scope: Scope = "model",
     n_ctx: NCtx = None,
     bos: Bos = None,
@@ -198,6 +201,7 @@ def ablate(
     out: Out = None,
     ranking: By = None,
     replacement: Replacement = "mean",
+    ranking_tokens: RankingTokens = DEFAULT_RANKING_TOKENS,
     scope: Scope = "model",
     controls: Controls = 3,
     n_ctx: NCtx = None,

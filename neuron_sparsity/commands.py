@@ -85,16 +85,15 @@ def prune(
     from neuron_sparsity.checkpoint import check_vacant
     from neuron_sparsity.errors import RunFolderError
     from neuron_sparsity.pruning import prune as prune_model
-    from neuron_sparsity.run_results import load_run
-    from neuron_sparsity.store import to_json_text
+    from neuron_sparsity.run_results import load_run, means_of
+    from neuron_sparsity.store import RunFolder, to_json_text
     from neuron_sparsity.weights import load_weights
 
     found = load_run(folder)
-    removed, stats = found["removed"], found["stats"]
+    removed = found["removed"]
     if removed is None:
         raise RunFolderError(f"{folder} has no ablation.json; find what can go with `neuron-sparsity ablate` first")
-    if removed.replacement == "mean" and stats.corpus["sha256"] != removed.ranking_corpus["sha256"]:
-        raise RunFolderError(f"{folder} has means of other text than ablation.json was made with; run `ablate` again")
+    means = means_of(RunFolder(folder), removed)
     check_vacant(out)
     dtype = getattr(torch, removed.model.dtype, None)
     if not isinstance(dtype, torch.dtype):
@@ -104,7 +103,7 @@ def prune(
     _, plain, tokenizer = load_weights(
         model or removed.model.name, dtype=dtype, device="cpu", trust_remote_code=trust_remote_code
     )
-    pruned = prune_model(plain, removed, means=stats.mean_activation, form=form, out=out, tokenizer=tokenizer)
+    pruned = prune_model(plain, removed, means=means, form=form, out=out, tokenizer=tokenizer)
     if as_json:
         typer.echo(to_json_text({"folder": str(out)} | pruned.to_json()))
     elif not quiet:

@@ -66,11 +66,13 @@ def open_run(
                 trust_remote_code=options["trust_remote_code"],
             )
             windows = read_corpus(loaded, text, tokens, options)
+            others = read_others(loaded, text, windows, options.get("ranking_tokens", 0), options)
         yield Run(
             attach(loaded, name=model),
             windows,
             out if out is not None else Path("runs") / _slug(f"{Path(model).name}-{windows.name}"),
             heldout=heldout,
+            others=others,
             batch_size=options["batch_size"],
             backend=options["backend"],
             progress=progress,
@@ -90,6 +92,20 @@ def read_corpus(model: Any, text: list[str] | None, tokens: int, options: dict[s
             prepend_bos=options["bos"],
             packed=options["packed"],
         )
+
+
+def read_others(
+    model: Any, text: list[str] | None, windows: Windows, tokens: int, options: dict[str, Any]
+) -> Windows | None:
+    """Return windows of the same text that share nothing with those given, or None if there are not enough."""
+    from neuron_sparsity.overlap import apart_from
+
+    n_windows = tokens // windows.window
+    if n_windows < 1:
+        return None
+    # Where the windows of a larger sample fall, some fall on those given; of twice as many, enough are left.
+    left = apart_from(read_corpus(model, text, windows.n_tokens + 2 * tokens, options), windows)
+    return None if left is None or left.n_windows < n_windows else left.take(n_windows)
 
 
 def conclude(

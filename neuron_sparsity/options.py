@@ -44,6 +44,7 @@ __all__ = [
 
 DEFAULT_MODEL = "smollm2-135m"
 DEFAULT_TOKENS = 12_288
+DEFAULT_RANKING_TOKENS = 8192
 RANKINGS = (
     "contribution",
     "rms",
@@ -125,6 +126,13 @@ Replacement = Annotated[
     str, typer.Option("--replacement", help="mean, zero or resample (the value at a random other token).")
 ]
 Controls = Annotated[int, typer.Option("--controls", help="Random sets to compare with, as many of every layer.")]
+RankingTokens = Annotated[
+    int,
+    typer.Option(
+        "--ranking-tokens",
+        help="Further tokens, for rankings by gradients. 0, or too little text: ranked on what is searched.",
+    ),
+]
 Scope = Annotated[str, typer.Option("--scope", help="Rank over the whole model, or within each layer: model or layer.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of random rankings and controls.")]
 RemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Let code that comes with the weights run.")]
@@ -163,6 +171,7 @@ def check_sizes(options: dict[str, Any]) -> None:
         ("--tokens", options["tokens"], 1),
         ("--n-ctx", options["n_ctx"], 2),
         ("--batch-size", options["batch_size"], 1),
+        ("--ranking-tokens", options.get("ranking_tokens"), 0),
     ):
         if value is not None and value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}")

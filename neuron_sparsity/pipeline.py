@@ -2,7 +2,7 @@
 
     sparsity   -> sparsity.json        CETT-PPL-p% on the calibration part
     record     -> statistics.safetensors
-    saliency   -> saliency.safetensors on the calibration part, where the ranking needs gradients
+    saliency   -> saliency.safetensors gradients, where the ranking needs them: on text of their own, if there is some
     ablate     -> ablation.json        searched on the calibration part, confirmed on the held-out part
     damage     -> damage.json          with damage.safetensors; of sparsity.json, or of ablation.json
     passage    -> passage.json         activity of every layer on every token of one window
@@ -33,6 +33,7 @@ from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import Ranking, rank
 from neuron_sparsity.recorder import drop_finished, record
 from neuron_sparsity.rules import parse_rules
+from neuron_sparsity.run_results import means_of
 from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency, saliency
 from neuron_sparsity.scores import RANKINGS, best_ranking
 from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsities
@@ -57,6 +58,8 @@ class Run:
         path: The run folder.
         heldout: Whether to keep windows for confirmation. A folder whose results were measured with some kept goes
             on that way.
+        others: Text for rankings by gradients that shares nothing with the windows; if None, they are made on the
+            calibration part, and flatter themselves in the search.
         batch_size: Windows a forward pass; chosen from free memory if None.
         backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
         progress: Called after each batch.
@@ -70,6 +73,7 @@ class Run:
     windows: Windows
     path: Path
     heldout: bool = False
+    others: Windows | None = None
     batch_size: int | None = None
     backend: Backend = "auto"
     progress: Progress | None = None
@@ -158,17 +162,22 @@ class Run:
             progress=self.progress,
         )
 
+    @property
+    def ranking_text(self) -> Windows:
+        """What rankings by gradients are made on."""
+        return self.calibration if self.others is None else self.others
+
     def saliency(self) -> NeuronSaliency:
-        """Measure gradients on the calibration part, or read them if they are there."""
+        """Measure gradients on the text for rankings, or read them if they are there."""
         path = self.folder.file(SALIENCY_FILE)
         if self.folder.has(SALIENCY_FILE):
             found = NeuronSaliency.load(self.folder.path)
             measured = decode(path, lambda: (found.model.fingerprint, found.corpus["sha256"]))
-            if measured == (self.adapter.info.fingerprint, self.calibration.sha256):
+            if measured == (self.adapter.info.fingerprint, self.ranking_text.sha256):
                 return found
         return saliency(
             self.adapter,
-            self.calibration,
+            self.ranking_text,
             folder=self.folder.path,
             batch_size=self.batch_size,
             progress=self.progress,
@@ -180,7 +189,7 @@ class Run:
 
     def ranked_on(self, stats: NeuronStatistics, ranking: str) -> str:
         """Return the hash of the text that a ranking is, or will be, made on."""
-        found: str = self.calibration.sha256 if RANKINGS[ranking].needs == "saliency" else stats.corpus["sha256"]
+        found: str = self.ranking_text.sha256 if RANKINGS[ranking].needs == "saliency" else stats.corpus["sha256"]
         return found
 
     def rank(self, stats: NeuronStatistics, ranking: str, scope: str, seed: int) -> Ranking:
@@ -233,6 +242,7 @@ class Run:
                     p_percents=p_percents,
                     replacement=replacement,
                     heldout=self.confirmation,
+                    ranked_on=self.ranking_text if RANKINGS[ranking].needs == "saliency" else None,
                     n_controls=n_controls,
                     seed=seed,
                     folder=self.folder.path,
@@ -259,7 +269,7 @@ class Run:
             removed = self._found("ablation.json", AblationResult.from_json, lambda old: True)
             if removed is None:
                 raise RunFolderError(f"{self.folder.path} has no ablation.json; `neuron-sparsity ablate` makes it")
-            means = NeuronStatistics.load(self.folder.path).mean_activation
+            means = means_of(self.folder, removed)
             text = self.confirmation or self.calibration
             found = damage(self.adapter, text, removed, means=means, **options)
         else:

@@ -6,17 +6,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Float
+from torch import Tensor
+
 from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.pareto import ParetoResult
 from neuron_sparsity.report import Report, report
+from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, blaming, read_json
 from neuron_sparsity.truncation import TokenActivity
 from neuron_sparsity.typed import checked
 
-__all__ = ["applied_results", "load_run", "render"]
+__all__ = ["applied_results", "load_run", "means_of", "render"]
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
@@ -66,10 +70,25 @@ def applied_results(path: str | Path) -> tuple[list[Any], Any]:
             removed = checked(AblationResult.from_json(data))
         if removed.n_removable:
             found.append(removed)
-            means = NeuronStatistics.load(folder.path).mean_activation if removed.replacement == "mean" else None
+            means = means_of(folder, removed)
     if not found:
         raise RunFolderError(f"{path} has no result to apply; `neuron-sparsity sparsity --out {path}` makes one")
     return found, means
+
+
+def means_of(folder: RunFolder, removed: AblationResult) -> Float[Tensor, "layer neuron"] | None:
+    """Return the mean post-activations that a removal has put in, which lie where its ranking is from; None for others.
+
+    Raises:
+        RunFolderError: If the folder has means of other text only.
+    """
+    if removed.replacement != "mean":
+        return None
+    for name, kind in (("statistics.safetensors", NeuronStatistics), (SALIENCY_FILE, NeuronSaliency)):
+        source: Any = kind.load(folder.path) if folder.has(name) else None
+        if source is not None and source.corpus["sha256"] == removed.ranking_corpus["sha256"]:
+            return source.mean_activation  # type: ignore[no-any-return]
+    raise RunFolderError(f"{folder.path} has means of other text than ablation.json was made with; run `ablate` again")
 
 
 def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:

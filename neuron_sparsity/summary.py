@@ -192,7 +192,8 @@ def _neuron_lines(stats: NeuronStatistics, *, thresholds: bool) -> list[str]:
 
 def _removal_lines(removed: AblationResult) -> list[str]:
     lines = [
-        f"removable for good at {removed.p_percent:g} % ({removed.ranking}, {removed.replacement} replacement): "
+        f"removable for good at {removed.p_percent:g} % ({removed.ranking}, {removed.replacement} replacement"
+        f"{_ranked_on(removed)}): "
         f"{removed.n_removable:,} of {removed.n_neurons:,} neurons ({removed.ppl_increase_percent:+.3f} %, "
         f"{removed.corpus['n_tokens']:,} tokens)"
     ]
@@ -209,6 +210,14 @@ def _removal_lines(removed: AblationResult) -> list[str]:
     if removed.heldout is not None:
         lines += _heldout_lines(removed.heldout)
     return lines
+
+
+def _ranked_on(removed: AblationResult) -> str:
+    """Where the ranking is from: its own text flatters it."""
+    corpus = removed.ranking_corpus
+    if corpus.get("unseen_in_search"):
+        return f", ranked on {corpus['n_tokens']:,} other tokens"
+    return ", ranked on the same text" if corpus["sha256"] == removed.corpus["sha256"] else ""
 
 
 def _control_line(control: dict[str, Any]) -> str:

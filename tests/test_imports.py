@@ -28,6 +28,7 @@ ROOMS = [
     "sources",
     "rows",
     "corpus",
+    "overlap",
     "placement",
     "model_info",
     "weights",

@@ -215,7 +215,23 @@ def test_the_result_says_what_was_removed_and_on_what(case: SimpleNamespace) -> 
     assert result.curve[0] == start | {"n_tokens": calibration.n_tokens, "standard_error_percent": 0.0}
     assert result.ranking_sha256 == order_hash(case.ranking) != order_hash(rank(case.stats, by="random"))
     assert result.ppl_ablated == pytest.approx(result.ppl_dense * (1 + result.ppl_increase_percent / 100))
-    assert result.ranking_corpus == case.windows.describe()
+    assert result.ranking_corpus == case.windows.describe() | {"unseen_in_search": False}
+
+
+def test_what_the_ranking_has_seen_is_found_in_the_text_itself(case: SimpleNamespace) -> None:
+    first, second, third = (case.windows._pick(range(i, case.windows.n_windows, 3), "page") for i in range(3))
+    ranking = rank(record(case.model, third))
+
+    def seen(**options: Any) -> tuple[bool, bool]:
+        found = removable_neurons(case.model, first, ranking, p_percent=20.0, n_controls=0, **options)
+        assert found.heldout is not None
+        return found.ranking_corpus["unseen_in_search"], found.heldout["unseen_by_ranking"]
+
+    assert seen(heldout=second, ranked_on=third) == (True, True)
+    assert seen(heldout=third, ranked_on=third) == (True, False)
+    assert seen(heldout=second) == (False, False)  # not known
+    with pytest.raises(ValueError, match="ranked_on is not what the ranking was made on"):
+        seen(heldout=second, ranked_on=first)
 
 
 def test_the_heldout_numbers_are_those_of_ablate(case: SimpleNamespace) -> None:

@@ -17,7 +17,7 @@ from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.pipeline import Run
 from neuron_sparsity.recorder import PARTIAL
-from neuron_sparsity.run_results import load_run, render
+from neuron_sparsity.run_results import load_run, means_of, render
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import read_tensors, write_tensors
 
@@ -215,6 +215,23 @@ def test_gradients_are_measured_once_and_only_where_a_ranking_needs_them(
     found = load_run(run().folder.path)["removed"]
     assert (found.ranking, found.replacement) == ("fisher", "zero")
     assert found.ranking_corpus["sha256"] == found.corpus["sha256"] == run(heldout=True).calibration.sha256
+
+
+def test_gradients_are_of_text_apart_where_there_is_some(
+    run: Callable[..., Run], passes: list[str], windows: Windows
+) -> None:
+    others = windows._pick([5], "page")
+    apart = Run(run().model, windows._pick(range(5), "page"), run().folder.path.parent / "apart", True, others)
+    removed = apart.ablate(apart.record(), p_percent=30.0, **QUESTION | {"ranking": None})
+    assert passes == ["record", "saliency", "removable_sets"]
+    assert removed.ranking_corpus["sha256"] == others.sha256
+    assert removed.ranking_corpus["unseen_in_search"] is True
+    means = means_of(apart.folder, removed)
+    assert means is not None
+    assert torch.equal(means, apart.saliency().mean_activation)
+    (apart.folder.path / "saliency.safetensors").unlink()
+    with pytest.raises(RunFolderError, match="has means of other text"):
+        means_of(apart.folder, removed)
 
 
 def test_gradients_of_other_text_are_measured_again(run: Callable[..., Run], passes: list[str]) -> None:

@@ -102,7 +102,8 @@ def test_every_number_is_said_with_what_it_was_measured_on(
         "dead under CETT-PPL-1% (active on less than 0.1 % of 2,000 tokens): 2 of 4 neurons; never active: 1 "
         "(95 % upper bound of their frequency: 1.5e-03)",
         "exactly zero on all 2,000 tokens: 1 of 4 neurons (95 % upper bound of their frequency: 1.5e-03)",
-        "removable for good at 1 % (contribution, mean replacement): 2 of 4 neurons (+0.500 %, 2,000 tokens)",
+        "removable for good at 1 % (contribution, mean replacement, ranked on the same text): 2 of 4 neurons "
+        "(+0.500 %, 2,000 tokens)",
         "  control, as many random neurons of every layer: +50.000 %",
         "  on 1,000 held-out tokens: +1.500 %, does not hold",
         "side by side: on an average token 75.0 % of the neurons can idle at CETT-PPL-1% (2,000 tokens), for good "
