@@ -60,6 +60,8 @@ RANKINGS = (
     "taylor_mean",
     "fisher",
     "fisher_mean",
+    "fisher_shrunk",
+    "fisher_mean_shrunk",
 )
 REPLACEMENTS = ("mean", "zero", "resample")
 

@@ -113,6 +113,11 @@ class NeuronSaliency:
         total = self.product_sq_sum - 2 * a * self.product_gradient_sum + a**2 * self.gradient_sq_sum
         return total.clamp_min(0) / self.n_tokens  # a difference of sums may round to below 0
 
+    def mean_square(self, constant: Float[Tensor, "layer neuron"] | float = 0.0) -> Float[Tensor, "layer neuron"]:
+        """Return the mean over tokens of `(z - constant)^2`, from the sums."""
+        a = torch.as_tensor(constant, dtype=torch.float64)
+        return ((self.activation_sq_sum - 2 * a * self.activation_sum) / self.n_tokens + a**2).clamp_min(0)
+
     def save(self, folder: str | Path) -> None:
         """Write `saliency.safetensors` into a folder.
 

@@ -106,6 +106,18 @@ def _wanda(measured: Measured) -> Float[Tensor, "layer neuron"]:
     return found.activation_sq_sum.sqrt() * found.w_l1
 
 
+def _shrunk(constant: Callable[[NeuronSaliency], Tensor | float]) -> Callable[[Measured], Tensor]:
+    """Geometric mean of the mean product and the product of the means: few tokens tell the second much better."""
+
+    def score(measured: Measured) -> Tensor:
+        found = measured.gradients()
+        a = constant(found)
+        apart = found.mean_square(a) * found.gradient_sq_sum / found.n_tokens
+        return (found.fisher(a) * apart).sqrt()
+
+    return score
+
+
 def _per_token(name: str) -> Callable[[Measured], Tensor]:
     def score(measured: Measured) -> Tensor:
         found = measured.gradients()
@@ -170,6 +182,14 @@ RANKINGS: dict[str, Score] = {
     "fisher_mean": Score(
         "mean of ((z - mean z) g)^2: second order, of mean replacement",
         lambda found: found.gradients().fisher(found.gradients().mean_activation),
+        "saliency",
+    ),
+    "fisher_shrunk": Score(
+        "fisher, shrunk: its geometric mean with mean z^2 times mean g^2", _shrunk(lambda found: 0.0), "saliency"
+    ),
+    "fisher_mean_shrunk": Score(
+        "fisher_mean, shrunk: its geometric mean with the variance of z times mean g^2",
+        _shrunk(lambda found: found.mean_activation),
         "saliency",
     ),
 }

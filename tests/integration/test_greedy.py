@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from neuron_sparsity import greedy
 from neuron_sparsity.ablation import ablate, removable_neurons
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.greedy import refine
@@ -65,15 +66,25 @@ def test_one_round_is_the_plain_ranking(model: Any, windows: Windows, first: Neu
 def test_every_neuron_is_ranked_once_and_a_search_takes_it(
     model: Any, windows: Windows, first: NeuronSaliency, scope: Any
 ) -> None:
-    ranking = refine(model, windows, first, n_remove=50, n_rounds=3, scope=scope)
+    options = {"by": "taylor", "replacement": "mean"}  # a neuron that has gone still has a score then
+    ranking = refine(model, windows, first, n_remove=50, n_rounds=3, scope=scope, **options)
     assert sorted(ranking.weakest(128)) == [(layer, neuron) for layer in range(2) for neuron in range(64)]
     if scope == "layer":
         for k in (16, 50, 128):
             assert abs(sum(layer == 0 for layer, _ in ranking.weakest(k)) - k / 2) <= 1.5
     assert ranking.mean_activation is not None
     assert torch.equal(ranking.mean_activation, first.mean_activation)
-    removed = removable_neurons(model, windows, ranking, p_percent=5.0, replacement="zero")
+    removed = removable_neurons(model, windows, ranking, p_percent=5.0, replacement="mean")
     assert list(removed.removable) == ranking.weakest(removed.n_removable)
+
+
+def test_neurons_that_went_count_as_the_weakest_of_their_layers(first: NeuronSaliency) -> None:
+    scores = torch.arange(64.0).expand(2, 64)
+    gone = torch.zeros(2, 64, dtype=torch.bool)
+    gone[0, 63] = gone[1, 0] = True  # one of each layer, whatever their scores are now
+    left = greedy._left(rank(first, by=scores, scope="layer"), gone)
+    assert left[:4].tolist() == [[0, 0], [1, 1], [0, 1], [1, 2]]
+    assert len(left) == 126
 
 
 def test_all_neurons_may_go(model: Any, windows: Windows, first: NeuronSaliency) -> None:

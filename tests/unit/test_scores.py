@@ -27,6 +27,8 @@ BY_HAND = {
     "taylor_mean": 17 / 9,
     "fisher": 17 / 3,
     "fisher_mean": 13 / 3,
+    "fisher_shrunk": math.sqrt(17 / 3 * 14 / 3 * 2),
+    "fisher_mean_shrunk": math.sqrt(13 / 3 * 38 / 9 * 2),
     "residual": (1 + 2 + 3) * 0.5 / 3,
     "residual_rms": math.sqrt((1 + 4 + 9) * 0.25 / 3),
     "wanda": math.sqrt(14) * 0.75,
