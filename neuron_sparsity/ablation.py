@@ -20,6 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -310,7 +311,7 @@ class _Run:
             "model": [self.adapter.info.fingerprint, self.adapter.info.dtype],
             "order": self.sha256,
             "replacement": self.replacer.replacement,
-            "means": None if means is None else float(means.double().sum()),
+            "means": None if means is None else sha256(means.double().cpu().numpy().tobytes()).hexdigest(),
             "seed": self.seed if self.replacer.replacement == "resample" else None,
             "texts": {name: windows.sha256 for name, windows in self.texts.items()},
         }
@@ -345,7 +346,7 @@ class _Run:
             n_neurons=self.ranking.n_neurons,
             n_removable=n,
             removable=tuple(self.ranking.weakest(n)),
-            reached=search.bracket(target)[1] <= self.ranking.n_neurons,
+            reached=n < self.ranking.n_neurons,
             ppl_dense=self.ppl_dense,
             ppl_ablated=self.ppl_dense * math.exp(rise),
             ppl_increase_percent=rise_percent(rise),

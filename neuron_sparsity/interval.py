@@ -118,7 +118,7 @@ def paired_interval(
     Example:
         >>> low, high = paired_interval(np.array([1.0, 3.0, 2.0, 4.0, 5.0, 3.0]), np.full(6, 10.0))
         >>> round(low, 2), round(high, 2)
-        (0.16, 0.44)
+        (0.17, 0.45)
     """
     sums, scored = sums[scored > 0], scored[scored > 0]
     n = len(sums)

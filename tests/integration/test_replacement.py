@@ -133,17 +133,20 @@ def test_resample_puts_the_values_of_one_other_token_in_every_position(tiny_hf_m
     first = [pair for pair in CHOSEN if pair[0] == 0]  # later layers of the ablated model see other activations
     columns = [neuron for _, neuron in first]
     dense = posts(model, tokens, ablate(model, []))[0].reshape(-1, 64)
-    found = posts(model, tokens, ablate(model, first, replacement="resample", corpus=text))[0].reshape(-1, 64)
     kept = [neuron for neuron in range(64) if neuron not in columns]
-    assert torch.equal(found[:, kept], dense[:, kept])
-    distance = torch.cdist(found[:, columns].double(), dense[:, columns].double())
-    donor = distance.argmin(dim=1)
-    assert float(distance.min(dim=1).values.max()) < 1e-6  # all neurons of a position come from one token
-    own = torch.arange(len(dense))
+    own, drawn = torch.arange(len(dense)), []
     starts = own % 16 == 0  # every window begins with BOS: one context
-    assert not (donor == own).any()
-    assert not (starts[donor] & starts).any()
-    assert len(donor.unique()) > 30  # 96 draws of 91 contexts
+    for seed in range(12):  # by chance a token would draw itself about once a seed
+        inside = ablate(model, first, replacement="resample", corpus=text, seed=seed)
+        found = posts(model, tokens, inside)[0].reshape(-1, 64)
+        assert torch.equal(found[:, kept], dense[:, kept])
+        distance = torch.cdist(found[:, columns].double(), dense[:, columns].double())
+        donor = distance.argmin(dim=1)
+        assert float(distance.min(dim=1).values.max()) < 1e-6  # all neurons of a position come from one token
+        assert not (donor == own).any()
+        assert not (starts[donor] & starts).any()
+        drawn.append(donor)
+    assert len(torch.cat(drawn).unique()) > 80  # of 91 contexts
 
 
 def test_the_same_draw_serves_all_layers(tiny_hf_models: Any, text: Windows) -> None:
