@@ -168,6 +168,10 @@ def evaluate(
             wrong.
         CorpusError: If the data of a task cannot be loaded.
         MeasurementError: If lm-eval is not installed.
+
+    Example:
+        >>> found = evaluate(hf_model, tokenizer, "piqa", results=[at_1, at_5])  # doctest: +SKIP
+        >>> found.forms[1].score("piqa").difference  # doctest: +SKIP
     """
     require_lm_eval()
     tasks = (tasks,) if isinstance(tasks, str) else tuple(tasks)
