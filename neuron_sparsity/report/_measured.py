@@ -128,7 +128,8 @@ def _corpora(
         if result.calibration is not None:
             found.append(("Thresholds", result.calibration))
     if removed is not None:
-        found.append(("Ablation", removed.corpus))
+        ranked_on = {key: value for key, value in removed.ranking_corpus.items() if key != "unseen_in_search"}
+        found += [("Ablation", removed.corpus), ("Ranking", ranked_on)]
         if removed.heldout and removed.heldout.get("corpus"):
             found.append(("Held-out check", removed.heldout["corpus"]))
     merged: dict[str, tuple[list[str], Mapping[str, Any]]] = {}

@@ -173,7 +173,10 @@ def _removable_card(removed: AblationResult) -> Markup:
     if removed.control:
         lines.append(control_line(removed.control))
     limit = f"at most +{target(removed.p_percent)}"
-    definition = f"In order of {visible(removed.ranking)}, replaced by {replacement(removed)}, {limit}."
+    order = f"In order of {visible(removed.ranking)}"
+    if removed.ranking_corpus.get("unseen_in_search"):
+        order += f" on {count(removed.ranking_corpus['n_tokens'])} other tokens"
+    definition = f"{order}, replaced by {replacement(removed)}, {limit}."
     tone = "warn" if removed.heldout and not removed.heldout.get("holds") else ""
     return card(
         "Removable for good",

@@ -234,6 +234,7 @@ def make_removed(info: Any, text: dict[str, Any], stats: Any) -> SimpleNamespace
         },
         control={"kind": "random, same number per layer", "seed": 0, "ppl": 18.4, "ppl_increase_percent": 29.3},
         curve=curve,
+        ranking_corpus=corpus("sotu", stats.n_tokens // 4, 512) | {"unseen_in_search": True},
         model=info,
         corpus=corpus("sotu [calibration]", stats.n_tokens // 2, 512),
         cost={"forward_passes": 14, "seconds": 388.0},
