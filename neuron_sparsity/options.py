@@ -110,7 +110,9 @@ Calibration = Annotated[
 ]
 By = Annotated[
     str | None,
-    typer.Option("--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean; with zero replacement, fisher."),
+    typer.Option(
+        "--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean_shrunk; with zero replacement, fisher_shrunk."
+    ),
 ]
 Replacement = Annotated[str, typer.Option("--replacement", help="mean or zero.")]
 Scope = Annotated[str, typer.Option("--scope", help="Rank over the whole model, or within each layer: model or layer.")]
