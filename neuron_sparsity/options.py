@@ -111,7 +111,7 @@ Calibration = Annotated[
 By = Annotated[
     str | None,
     typer.Option(
-        "--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean_shrunk; with zero replacement, fisher_shrunk."
+        "--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean_shrunk; with zero replacement, fisher."
     ),
 ]
 Replacement = Annotated[str, typer.Option("--replacement", help="mean or zero.")]

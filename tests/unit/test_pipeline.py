@@ -212,7 +212,7 @@ def test_gradients_are_measured_once_and_only_where_a_ranking_needs_them(
     assert steps(ranking=None) == steps(ranking="fisher_mean_shrunk") == []
     assert steps(ranking=None, replacement="zero") == ["removable_neurons"]
     found = load_run(run().folder.path)["removed"]
-    assert (found.ranking, found.replacement) == ("fisher_shrunk", "zero")
+    assert (found.ranking, found.replacement) == ("fisher", "zero")
     assert found.ranking_corpus["sha256"] == found.corpus["sha256"] == run(heldout=True).calibration.sha256
 
 
