@@ -115,7 +115,9 @@ Calibration = Annotated[
 ]
 By = Annotated[
     str | None,
-    typer.Option("--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean; with zero replacement, fisher."),
+    typer.Option(
+        "--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean_shrunk; with zero replacement, fisher."
+    ),
 ]
 Rules = Annotated[
     list[str] | None,

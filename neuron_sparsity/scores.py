@@ -20,8 +20,8 @@ from neuron_sparsity.statistics import NeuronStatistics
 
 __all__ = ["DEFAULT_RANKING", "RANKINGS", "Measured", "Score", "best_ranking"]
 
-DEFAULT_RANKING = "fisher_mean"
-"""The one that lets most neurons go, replaced by their means (benchmarks/results/rankings.csv has the table)."""
+DEFAULT_RANKING = "fisher_mean_shrunk"
+"""The one that lets most neurons go, replaced by their means (`benchmarks/rankings.py` measures)."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ RANKINGS: dict[str, Score] = {
 
 
 def best_ranking(replacement: str, *, gradients: bool = True) -> str:
-    """Return the ranking that lets most neurons go under a replacement (benchmarks/results/rankings.csv).
+    """Return the ranking that lets most neurons go under a replacement (`benchmarks/rankings.py` measures).
 
     Args:
         replacement: What takes a neuron's place.
@@ -205,7 +205,7 @@ def best_ranking(replacement: str, *, gradients: bool = True) -> str:
 
     Example:
         >>> best_ranking("mean"), best_ranking("zero"), best_ranking("mean", gradients=False)
-        ('fisher_mean', 'fisher', 'fluctuation')
+        ('fisher_mean_shrunk', 'fisher', 'fluctuation')
     """
     if not gradients:
         return "rms" if replacement == "zero" else "fluctuation"

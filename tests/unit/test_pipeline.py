@@ -210,7 +210,7 @@ def test_gradients_are_measured_once_and_only_where_a_ranking_needs_them(
 
     assert steps() == ["record", "removable_sets"]
     assert steps(ranking=None) == ["saliency", "removable_sets"]
-    assert steps(ranking=None) == steps(ranking="fisher_mean") == []
+    assert steps(ranking=None) == steps(ranking="fisher_mean_shrunk") == []
     assert steps(ranking=None, replacement="zero") == ["removable_sets"]
     found = load_run(run().folder.path)["removed"]
     assert (found.ranking, found.replacement) == ("fisher", "zero")
