@@ -137,9 +137,20 @@ class Footprint:
         return _IN_MEMORY + max(self.forward, self.held + tail, losses)
 
     def removal(self, n_vocab: int) -> int:
-        """Largest memory of a pass with neurons removed beside the weights: what replaces them, and changed copies."""
+        """Largest memory of what `ablate` does beside the weights: gradients for a ranking, or a pass without neurons.
+
+        A pass with neurons removed holds what replaces them, and a changed copy of a layer's post-activations.
+        """
         replaced = self.n_layers * self.d_mlp * (4 + 4 + 1)
-        return replaced + max(self.search(n_vocab), self.held + self.activations)
+        return max(self.gradients, replaced + max(self.search(n_vocab), self.held + self.activations))
+
+    @property
+    def gradients(self) -> int:
+        """Largest memory of a pass forward and backward over one window: all layers keep what the way back needs."""
+        kept = (
+            4 * self.d_mlp + 16 * self.d_model
+        ) * self.itemsize  # of a layer and token, as `default_batch_size` has it
+        return self.n_layers * self.n_ctx * kept
 
     def windows(self, n_windows: int) -> int:
         """`windows.safetensors` of a run: an int32 and a bool a token, where that is not too much to keep."""
