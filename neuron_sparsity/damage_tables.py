@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from scipy import stats
 from torch import Tensor
 
+from neuron_sparsity.bootstrap import MIN_WINDOWS, ends, window_draws
 from neuron_sparsity.corpus import Windows
 
 __all__ = [
@@ -34,9 +34,6 @@ __all__ = [
     "percentiles",
 ]
 
-MIN_WINDOWS = 5
-LEVEL = 0.95
-_DRAWS, _BLOCK = 4000, 100
 _PERCENTS = (1, 5, 25, 50, 75, 95, 99)
 _BEFORE, _AFTER = 12, 4
 
@@ -186,13 +183,8 @@ def intervals(
     if n_windows < MIN_WINDOWS:
         return [Interval(float(mean), None, None) for mean in means]
     generator, size = np.random.default_rng(seed), len(x)
-    blocks = []
-    for _ in range(_DRAWS // _BLOCK):
-        drawn = generator.multinomial(size, np.full(size, 1 / size), size=_BLOCK).astype(np.float64)
-        blocks.append((drawn @ x) / np.maximum(drawn @ n, 1.0))
-    # A percentile interval of few windows is too narrow by the factor of a t quantile and of n against n - 1.
-    tail = stats.norm.cdf(stats.t.ppf((1 - LEVEL) / 2, n_windows - 1) * math.sqrt(n_windows / (n_windows - 1)))
-    low, high = np.quantile(np.concatenate(blocks), [tail, 1 - tail], axis=0)
+    blocks = [(drawn @ x) / np.maximum(drawn @ n, 1.0) for drawn in window_draws(size, generator)]
+    low, high = ends(np.concatenate(blocks), n_windows)
     return [Interval(*map(float, column)) for column in zip(means, low, high, strict=True)]
 
 

@@ -19,14 +19,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
-from neuron_sparsity.interval import LEVEL, MIN_WINDOWS
+from neuron_sparsity.bootstrap import MIN_WINDOWS, ends, window_draws
 from neuron_sparsity.rule_passes import RulePass
 
 __all__ = ["Verdict", "compare", "crossing", "crossings"]
 
-_DRAWS, _BLOCK = 2000, 100
+_DRAWS = 2000
 
 
 @dataclass(frozen=True)
@@ -129,10 +128,7 @@ def crossings(
     if n < MIN_WINDOWS:
         return whole, None
     generator = np.random.default_rng(0)
-    blocks = []
-    for _ in range(_DRAWS // _BLOCK):  # memory does not grow with draws times windows
-        weights = generator.multinomial(n, np.full(n, 1 / n), size=_BLOCK).astype(np.float64)
-        blocks.append(_read(curves, targets, metric, weights, scored))
+    blocks = [_read(curves, targets, metric, weights, scored) for weights in window_draws(n, generator, n_draws=_DRAWS)]
     return whole, np.concatenate(blocks)
 
 
@@ -155,8 +151,7 @@ def _read(
 
 def interval(draws: Float[np.ndarray, " draw"], n_windows: int) -> tuple[float, float]:
     """Return the 95 % percentile interval of draws, widened for few windows; a draw that is not reached counts as 0."""
-    tail = stats.norm.cdf(stats.t.ppf((1 - LEVEL) / 2, n_windows - 1) * math.sqrt(n_windows / (n_windows - 1)))
-    low, high = np.quantile(np.nan_to_num(draws), [tail, 1 - tail])
+    low, high = ends(np.nan_to_num(draws), n_windows)
     return float(low), float(high)
 
 

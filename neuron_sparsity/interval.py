@@ -21,17 +21,13 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
+from neuron_sparsity.bootstrap import DRAWS, MIN_WINDOWS, ends, window_draws
 from neuron_sparsity.curves import CettCurves
 from neuron_sparsity.evaluation import Evaluation
 from neuron_sparsity.search import RootEstimate, is_near
 
-__all__ = ["MIN_WINDOWS", "Estimate", "estimate", "paired_interval"]
-
-MIN_WINDOWS = 5
-LEVEL = 0.95
-_DRAWS, _BLOCK = 4000, 100
+__all__ = ["Estimate", "estimate", "paired_interval"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def estimate(
         sums = np.mean([s * (e.rise if metric == "ppl" else e.kl) for s, e in zip(scale, near, strict=True)], axis=0)
         active = np.mean([e.window_activation - e.window_activation.mean() for e in near], axis=0)
         ratios = _draws(sums, near[0].scored, active, root, target, curves, metric == "ppl") + ratio - there
-        low, high = (float(np.clip(edge, 0.0, 1.0)) for edge in np.quantile(ratios, _tails(n_windows)))
+        low, high = (float(np.clip(edge, 0.0, 1.0)) for edge in ends(ratios, n_windows))
     return Estimate(f"cett_{metric}", root.cett, ratio, low, high, n_windows, len(near), 4 * n_tokens)
 
 
@@ -125,7 +121,7 @@ def paired_interval(
     if n < MIN_WINDOWS:
         return None
     drawn = _drawn(np.stack((sums, scored), axis=1), np.random.default_rng(0))
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], _tails(n))
+    low, high = ends(drawn[:, 0] / drawn[:, 1], n)
     return float(low), float(high)
 
 
@@ -133,15 +129,7 @@ def _drawn(
     columns: Float[np.ndarray, "window column"], generator: np.random.Generator
 ) -> Float[np.ndarray, "draw column"]:
     """Return the sums over each draw of as many windows as there are."""
-    n = len(columns)
-    blocks = [generator.multinomial(n, np.full(n, 1 / n), size=_BLOCK) @ columns for _ in range(_DRAWS // _BLOCK)]
-    return np.concatenate(blocks)  # memory does not grow with draws times windows
-
-
-def _tails(n_windows: int) -> tuple[float, float]:
-    """Return the two quantiles of the draws that are the ends of the interval."""
-    tail = float(stats.norm.cdf(stats.t.ppf((1 - LEVEL) / 2, n_windows - 1) * math.sqrt(n_windows / (n_windows - 1))))
-    return tail, 1 - tail
+    return np.concatenate([weights @ columns for weights in window_draws(len(columns), generator)])
 
 
 def _draws(
@@ -157,7 +145,7 @@ def _draws(
     generator, n = np.random.default_rng(0), len(sums)
     drawn = _drawn(np.stack((sums, scored, active), axis=1), generator)
     shift = drawn[:, 0] / np.maximum(drawn[:, 1], 1.0) - sums.sum() / scored.sum()
-    shift = shift / target + root.error * generator.standard_normal(_DRAWS)
+    shift = shift / target + root.error * generator.standard_normal(DRAWS)
     log_u = _solved(shift, root.slope) if linear else -np.log(np.maximum(1 + shift, 1e-3)) / root.slope
     cett = np.minimum(root.cett * np.exp(log_u), 1.0)
     return curves.activation_ratio_at(cett) + drawn[:, 2] / n

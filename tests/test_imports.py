@@ -45,6 +45,7 @@ ROOMS = [
     "curves",
     "truncation",
     "search",
+    "bootstrap",
     "evaluation",
     "interval",
     "cett_search",

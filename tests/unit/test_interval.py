@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
+from neuron_sparsity.bootstrap import MIN_WINDOWS
 from neuron_sparsity.cett_search import Goal
 from neuron_sparsity.curves import CettCurves
 from neuron_sparsity.evaluation import Evaluation
-from neuron_sparsity.interval import MIN_WINDOWS, Estimate, _solved, estimate
+from neuron_sparsity.interval import Estimate, _solved, estimate
 
 TARGET = math.log1p(0.01)
 TRUTH = 0.045  # CETT at which the mean rise over all text is the target
