@@ -290,6 +290,10 @@ def _removed(hf_model: nn.Module, result: AblationResult, means: Tensor | None) 
         raise ValueError(
             f"replacement {result.replacement!r} cannot be made here; pass a context of your own: f(hf_model)"
         )
+    if result.replacement == "mean" and means is None:
+        raise ValueError(
+            "the removal replaces neurons by their means: pass means=stats.mean_activation (or those of its ranking)"
+        )
     with ablate(hf_model, result.removable, replacement=result.replacement, means=means):
         yield
 
