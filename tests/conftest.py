@@ -11,8 +11,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Before torch is imported: two pytest-xdist workers with two threads each would fight for two cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Before torch is imported: two pytest-xdist workers with two threads each would fight for two cores, at a tenth of the
+# speed. Workers inherit what their parent has set here, so that a default alone would never be theirs.
+os.environ["OMP_NUM_THREADS"] = "1" if "PYTEST_XDIST_WORKER" in os.environ else os.environ.get("OMP_NUM_THREADS", "2")
 
 import importlib.metadata
 import warnings
