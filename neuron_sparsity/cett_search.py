@@ -27,7 +27,7 @@ METRICS: tuple[Metric, ...] = ("ppl", "kl")
 
 _MAX_PASSES = 8  # around one p
 _MIN_CETT = 1e-6
-_JITTER = 0.04  # of the rise at 4,096 tokens, as a share of it, at p = 1 and 10 alike (measured: docs/measured.md)
+_JITTER = 0.04  # of the rise at 4,096 tokens, as a share of it (docs/measured.md, at p = 1; alike at p = 10)
 _KL_JITTER = 0.2  # the same of the KL divergence, as a share of it
 _SLOPES = {"ppl": 2.5, "kl": KL_SLOPE}  # of log(rise) over log(CETT), measured on smollm2-135m (docs/measured.md)
 _ROOT_ERROR = 0.6  # standard error of the root that ends the search, in tolerances
@@ -83,7 +83,7 @@ def carried(guess: float, found: Sequence[tuple[float, float]]) -> float:
     """Return where a further p is to be looked for first, from those that are found.
 
     A few windows put the answers at guesses; all windows put them elsewhere, in log(CETT) by shifts that are alike, and
-    not so alike that one alone would tell the next (docs/measured.md): their mean is carried over.
+    not so alike that one alone would tell the next: their mean is carried over.
 
     Args:
         guess: CETT at which a few windows put the further p.
