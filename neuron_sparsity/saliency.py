@@ -29,6 +29,7 @@ from neuron_sparsity.adapter import MLPAdapter, ModelInfo, PostHook, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, ModelError
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
+from neuron_sparsity.statistics import check_corpus
 from neuron_sparsity.store import decode, provenance, read_tensors, write_tensors
 from neuron_sparsity.typed import checked
 
@@ -397,8 +398,7 @@ def _build(tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> NeuronSa
     shape = [found.model.n_layers, found.model.d_mlp]
     if found.n_tokens < 1 or found.n_scored < 1 or len(found.model.layers) != found.model.n_layers:
         raise ValueError(f"{found.n_tokens} tokens, {found.n_scored} scored, layers {found.model.layers[:3]}")
-    if not isinstance(found.corpus["sha256"], str):
-        raise ValueError(f"sha256 of the corpus is {found.corpus['sha256']!r}")
+    check_corpus(found.corpus)
     for name in _TENSORS:
         tensor = getattr(found, name)
         if tensor.dtype != torch.float64 or list(tensor.shape) != shape or not torch.isfinite(tensor).all():

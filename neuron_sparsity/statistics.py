@@ -248,11 +248,16 @@ def _check_values(stats: NeuronStatistics) -> None:
     """Raise ValueError or KeyError if a value is one that no recording has."""
     if not 1 <= stats.n_tokens < 1 << 63 or len(stats.model.layers) != stats.model.n_layers:
         raise ValueError(f"{stats.n_tokens} tokens, {stats.model.n_layers} layers called {stats.model.layers[:3]}")
-    for key, kind in (("name", str), ("sha256", str), ("n_tokens", int), ("window", int)):
-        if not isinstance(stats.corpus[key], kind):
-            raise ValueError(f"{key} of the corpus is {stats.corpus[key]!r}")
+    check_corpus(stats.corpus)
     for name in _TENSORS:
         check_tensor(name, getattr(stats, name), stats.n_tokens)
+
+
+def check_corpus(corpus: Mapping[str, Any]) -> None:
+    """Raise ValueError or KeyError if what a file says of its corpus lacks what is shown of one."""
+    for key, kind in (("name", str), ("sha256", str), ("n_tokens", int), ("window", int)):
+        if not isinstance(corpus[key], kind):
+            raise ValueError(f"{key} of the corpus is {corpus[key]!r}")
 
 
 def check_tensor(name: str, tensor: Tensor, n_tokens: int) -> None:

@@ -288,6 +288,8 @@ def guarded(folder: Path, *, seconds: int = 60, room: int = 3 << 30) -> Iterator
     """Fail if what runs inside writes outside `folder`, starts a process, unpickles, connects, hangs or eats memory."""
     global _hooked
     if not _hooked:
+        import matplotlib.font_manager  # noqa: F401  (makes its folders and list of fonts on a machine that has none)
+
         sys.addaudithook(_audit)  # there is no way to take one off again
         _hooked = True
     seen: list[str] = []
