@@ -1,8 +1,9 @@
 """Truncated passes, one after the other, until one of them stands for p.
 
 A pass is made at a first guess, then where the line through all passes in (log CETT, log rise) puts p. It is over when
-a pass lies within the tolerance of p and close to that place, and the place rests on two passes at least (on one, where
-a pass jitters by less than a third of the tolerance). Of several p that is asked of the smallest; the passes of one
+a pass lies within half the tolerance of p and close to that place, and the place rests on two passes at least (on one,
+where a pass jitters by less than a sixth of the tolerance). Three passes near p know the place better than another
+would tell: from then on the whole tolerance will do. Of several p that is asked of the smallest; the passes of one
 place the first pass of the next, which is over with the first pass within its tolerance.
 See `search` for the line, `evaluation` for the passes.
 """
@@ -30,10 +31,11 @@ _MIN_CETT = 1e-6
 _JITTER = 0.04  # of the rise at 4,096 tokens, as a share of it (docs/measured.md, at p = 1; alike at p = 10)
 _KL_JITTER = 0.2  # the same of the KL divergence, as a share of it
 _SLOPES = {"ppl": 2.5, "kl": KL_SLOPE}  # of log(rise) over log(CETT), measured on smollm2-135m (docs/measured.md)
-_ROOT_ERROR = 0.6  # standard error of the root that ends the search, in tolerances
+_ROOT_ERROR = 0.3  # standard error of the root that ends the search, in tolerances
 _AT_ROOT = 0.012  # in log(CETT), 0.002 of activation ratio: a pass that close to the root stands for it
 _ON_ROOT = 0.005  # so close to it, a second pass would share the jitter of the first
-_ONE_PASS = 1 / 3  # of the tolerance: where a pass jitters less, one pass stands for itself
+_ONE_PASS = 1 / 6  # of the tolerance: where a pass jitters less, one pass stands for itself
+_ENOUGH = 3  # passes near p: with that many, twice as far will do, from p and from the root
 _CETT_TOLERANCE = 0.004  # of each layer's CETT against the common one, relative
 
 
@@ -162,7 +164,12 @@ class CettSearch:
         return root.error * self.goal.p_percent <= _ROOT_ERROR * self.goal.tolerance
 
     def _stands(self, root: RootEstimate) -> bool:
-        return any(abs(math.log(e.cett / root.cett)) <= _AT_ROOT for e in self._near())
+        at_root = _AT_ROOT * (2 if self._enough() else 1)
+        return any(abs(math.log(e.cett / root.cett)) <= at_root for e in self._near())
+
+    def _enough(self) -> bool:
+        root = self.goal.root(self.evaluator.evaluations)
+        return root is not None and root.n_points >= _ENOUGH
 
     def value(self, evaluation: Evaluation) -> float:
         """Return what is compared with p."""
@@ -173,10 +180,9 @@ class CettSearch:
         return any(self.value(e) >= self.goal.p_percent - self.goal.tolerance for e in self.evaluator.evaluations)
 
     def _near(self) -> list[Evaluation]:
-        """The evaluations within the tolerance."""
-        return [
-            e for e in self.evaluator.evaluations if abs(self.value(e) - self.goal.p_percent) <= self.goal.tolerance
-        ]
+        """The evaluations that are close enough to p."""
+        close = self.goal.tolerance * (1 if self._enough() or not self.goal.closely else 0.5)
+        return [e for e in self.evaluator.evaluations if abs(self.value(e) - self.goal.p_percent) <= close]
 
     def _best(self) -> Evaluation:
         if not self.reached():

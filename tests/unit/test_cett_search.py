@@ -55,7 +55,7 @@ def power_law(root: float, slope: float, target: float = math.log1p(0.01), jitte
 def run(
     evaluator: FakeEvaluator, guess: float, *, p: float = 1.0, metric: str = "ppl"
 ) -> tuple[CettSearch, Evaluation]:
-    goal = Goal(p, metric, 0.05 * p, N_SCORED)  # type: ignore[arg-type]
+    goal = Goal(p, metric, 0.1 * p, N_SCORED)  # type: ignore[arg-type]
     search = CettSearch(evaluator, goal)  # type: ignore[arg-type]
     best = search.approach(guess)
     best, _ = search.checked(best, *evaluator.check(best.thresholds))
@@ -88,9 +88,10 @@ def test_jitter_costs_few_passes_more_and_the_line_through_all_is_near() -> None
         root = search.goal.root(evaluator.evaluations)
         assert root is not None
         off.append(math.log(root.cett / 0.045))
-        assert best.percent("ppl") == pytest.approx(1, abs=0.05)
+        assert best.percent("ppl") == pytest.approx(1, abs=0.05 if len(evaluator.evaluations) < 3 else 0.1)
     assert np.mean(counts) < 3
-    assert max(counts) <= 6
+    assert np.mean(np.array(counts) <= 3) >= 0.9  # three are the price that is promised
+    assert max(counts) <= 5
     assert float(np.std(off)) < 0.012
     assert abs(float(np.mean(off))) < 0.006
 
@@ -158,8 +159,8 @@ def test_thresholds_that_miss_their_cett_are_interpolated_anew_and_evaluated_aga
 def test_one_pass_is_enough_where_jitter_is_small_against_the_tolerance() -> None:
     target = math.log1p(0.05)
     evaluator = FakeEvaluator(power_law(0.1, 2.3, target), power_law(0.1, 2.1, target))
-    goal = Goal(5.0, "ppl", 0.25, 65_536)
-    assert (goal.fewest, Goal(5.0, "ppl", 0.25, N_SCORED).fewest, Goal(5.0, "kl", 0.25, N_SCORED).fewest) == (1, 2, 1)
+    goal = Goal(5.0, "ppl", 0.5, 65_536)
+    assert (goal.fewest, Goal(5.0, "ppl", 0.5, N_SCORED).fewest, Goal(5.0, "kl", 0.5, N_SCORED).fewest) == (1, 2, 1)
     search = CettSearch(evaluator, goal)  # type: ignore[arg-type]
     assert search.approach(0.1005).cett == 0.1005
     assert len(evaluator.evaluations) == 1
@@ -179,7 +180,7 @@ def test_passes_at_one_p_place_the_first_pass_of_the_next(more: float, excess: f
     found: list[tuple[float, float]] = []
     for p in (1.0, 5.0, 10.0):
         guess = 0.049 * (math.log1p(p / 100) / 0.01) ** (1 / 2.1)
-        goal = Goal(p, "ppl", 0.05 * p, N_SCORED, closely=not found)
+        goal = Goal(p, "ppl", 0.1 * p, N_SCORED, closely=not found)
         search = CettSearch(evaluator, goal)  # type: ignore[arg-type]
         best = search.approach(carried(guess, found))
         assert best.percent("ppl") == pytest.approx(p, abs=search.goal.tolerance)
