@@ -204,8 +204,8 @@ def cett_ppl_sparsity(
         p_percent: Rise of perplexity, > 0.
         metric: `"ppl"`, or `"kl"`: the CETT at which the mean KL divergence is log(1 + p/100).
         calibration: Other text to measure the CETT of thresholds on.
-        tolerance_percent: How close to p the measured rise must come, in percentage points; a tenth of p if None. The first
-            two passes are held to half of it.
+        tolerance_percent: How close to p the measured rise must come, in percentage points; a tenth of p if None. The
+            first two passes are held to half of it.
         backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`; `provenance` of the result says which ran.
         batch_size: Windows a forward pass; chosen from free memory if None.
         progress: Called after each batch.
