@@ -18,6 +18,7 @@ from neuron_sparsity import metrics
 from neuron_sparsity.adapter import attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, ModelError
+from neuron_sparsity.evaluation import KL_SLOPE, Evaluator
 from neuron_sparsity.metrics import EXACT_ZERO_THRESHOLD
 from neuron_sparsity.perplexity import perplexity
 from neuron_sparsity.sparsity import (
@@ -641,3 +642,29 @@ def test_attaching_inside_the_context_is_not_counted(llama: SimpleNamespace) -> 
     with sparsify(llama.model, [0.0] * len(llama.model.blocks)) as truncation:
         perplexity(llama.model, llama.windows)
     assert truncation.pairs.tolist() == [llama.windows.n_tokens * llama.model.cfg.d_mlp] * len(llama.model.blocks)
+
+
+# The rough place, and what is measured around it.
+
+
+@pytest.mark.parametrize(("guess", "n_thresholds"), [(0.05, 2), (0.3, 3)])
+def test_two_thresholds_a_layer_are_enough_where_the_curve_is_a_line(
+    llama: SimpleNamespace, guess: float, n_thresholds: int
+) -> None:
+    evaluator = Evaluator(llama.adapter, llama.windows)
+    evaluator.rough([math.log1p(0.01)], [guess])
+    (exact,) = evaluator.dense([guess])
+    assert evaluator.curves.threshold.shape == (llama.adapter.info.n_layers, n_thresholds)
+    assert evaluator.curves.covers(guess)
+    assert exact == pytest.approx(guess, rel=0.1)
+    evaluator.dense([guess, 2 * guess])  # a further one takes two
+    assert evaluator.curves.threshold.shape[1] == n_thresholds + 2
+
+
+def test_a_further_rough_place_is_half_what_the_windows_tell_and_half_the_usual_law(llama: SimpleNamespace) -> None:
+    targets, first = [math.log1p(0.01), math.log1p(0.05)], [0.1, 0.2]
+    blended = Evaluator(llama.adapter, llama.windows).rough(targets, first)
+    own = Evaluator(llama.adapter, llama.windows).rough([targets[1]], [blended[1]])[0]
+    usual = blended[0] * (targets[1] / targets[0]) ** (1 / KL_SLOPE)
+    assert blended[0] == pytest.approx(Evaluator(llama.adapter, llama.windows).rough(targets[:1], first[:1])[0])
+    assert blended[1] == pytest.approx(math.sqrt(own * usual), rel=0.1)

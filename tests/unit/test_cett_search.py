@@ -96,6 +96,24 @@ def test_jitter_costs_few_passes_more_and_the_line_through_all_is_near() -> None
     assert abs(float(np.mean(off))) < 0.006
 
 
+def test_from_three_passes_near_p_on_twice_as_far_will_do() -> None:
+    """The third pass lies outside half the tolerance: the end inside the whole one, and not the end beyond it."""
+    target = math.log1p(0.01)
+
+    def jittering(*jitter: float) -> FakeEvaluator:
+        left = iter(jitter)
+        return FakeEvaluator(lambda cett: target * ((cett / 0.045) ** 2.4 + next(left)), power_law(0.05, 2.1))
+
+    evaluator, beyond = jittering(0.05, -0.07, 0.07), jittering(0.05, -0.07, 0.12, 0.0)
+    _, best = run(evaluator, 0.047)
+    assert len(evaluator.evaluations) == 3
+    assert best is evaluator.evaluations[-1]
+    assert 1.05 < best.percent("ppl") < 1.1
+    _, best = run(beyond, 0.047)
+    assert len(beyond.evaluations) == 4
+    assert best.percent("ppl") == pytest.approx(1, abs=0.05)
+
+
 def test_the_kl_divergence_is_searched_when_it_is_asked_for() -> None:
     evaluator = FakeEvaluator(power_law(0.045, 2.4), power_law(0.05, 2.1))
     _, best = run(evaluator, 0.047, metric="kl")
