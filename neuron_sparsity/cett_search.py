@@ -28,7 +28,7 @@ METRICS: tuple[Metric, ...] = ("ppl", "kl")
 
 _MAX_PASSES = 8  # around one p
 _MIN_CETT = 1e-6
-_JITTER = 0.04  # of the rise at 4,096 tokens, as a share of it (docs/measured.md, at p = 1; alike at p = 10)
+_JITTER = 0.04  # of the rise at 4,096 tokens, as a share of it (docs/measured.md, at p = 1)
 _KL_JITTER = 0.2  # the same of the KL divergence, as a share of it
 _SLOPES = {"ppl": 2.5, "kl": KL_SLOPE}  # of log(rise) over log(CETT), measured on smollm2-135m (docs/measured.md)
 _ROOT_ERROR = 0.3  # standard error of the root that ends the search, in tolerances
