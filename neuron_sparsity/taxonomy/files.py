@@ -129,6 +129,8 @@ def _frame(table: pa.Table, header: Mapping[str, Any]) -> pd.DataFrame:
     import pandas as pd
 
     layers, d_mlp, n_tokens = header["model"]["layers"], int(header["model"]["d_mlp"]), int(header["n_tokens"])
+    if table.num_rows != len(layers) * d_mlp:
+        raise ValueError(f"{table.num_rows} rows are not those of {len(layers)} layers of {d_mlp} neurons")
     columns: dict[str, Any] = {}
     for name in table.column_names:
         column = table.column(name)

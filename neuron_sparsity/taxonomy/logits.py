@@ -3,7 +3,9 @@
 The final norm maps the residual stream `h` to `gamma * (h - mean(h)) / s(h) + beta` (LayerNorm; RMSNorm has no mean).
 Its scale `1 / s(h)` is one positive number a token; the rest is linear and is folded into the row:
 
-    effect = (gamma * (w_out - mean(w_out))) @ W_U        [vocab], in logits a unit of activation, times s(h)
+    effect = (gamma * (w_out - mean(w_out))) @ W_U        [vocab]
+
+in logits for a unit of activation, before division by `s(h)`.
 
 Logits that are capped or scaled afterwards are taken before that. `gamma` is read off the model's own final norm, and
 that it is this norm, and that its output is what enters the unembedding, is proved on one batch; a model for which it
@@ -93,7 +95,7 @@ class RoleRule:
 
 @dataclass(frozen=True, eq=False)
 class LogitEffects:
-    """The direct effect of every neuron's output row on the logits; in logits a unit of activation, times `s(h)`.
+    """The direct effect of every neuron's output row on the logits: of a unit of activation, before division by `s(h)`.
 
     Attributes:
         top_ids: Tokens whose logits rise most, the most first.
@@ -184,7 +186,7 @@ class _FinalNorm:
     """The linear part of a model's final norm, read off the module itself and proved on one batch."""
 
     def __init__(self, adapter: MLPAdapter) -> None:
-        self._name, d_model = adapter.info.name, adapter.info.d_model
+        d_model = adapter.info.d_model
         module = getattr(adapter.model, "ln_final", None)
         self.gain: Tensor | None = None
         if module is None:
@@ -192,27 +194,27 @@ class _FinalNorm:
             return
         entering, leaving = _through(adapter, module)
         generator = torch.Generator().manual_seed(0)
-        probes = torch.randn(_PROBES, d_model, generator=generator).to(entering.device, entering.dtype)
+        probes = 1 + torch.randn(_PROBES, d_model, generator=generator)  # a mean, so that it shows whether it goes
+        probes = probes.to(entering.device, entering.dtype)
         with placement.materialised(module):
             bias = module(torch.zeros_like(probes[None, :1]))[0].float()
             outputs = module(probes[None])[0].float() - bias
-        tolerance = _REBUILD_TOLERANCE.get(entering.dtype, 1e-4)
-        errors = {}
+        gains, errors = {}, {}
         for kind in ("LayerNorm", "RMSNorm"):
             inputs = _standardised(probes.float(), kind)
-            self.gain = (outputs * inputs).sum(dim=0) / (inputs * inputs).sum(dim=0)
+            gains[kind] = (outputs * inputs).sum(dim=0) / (inputs * inputs).sum(dim=0)
             errors[kind] = max(
-                relative_error(inputs * self.gain, outputs),
-                relative_error(_standardised(entering.float(), kind) * self.gain + bias, leaving.float()),
+                _error_of_direction(inputs * gains[kind], outputs),
+                _error_of_direction(_standardised(entering.float(), kind) * gains[kind], leaving.float() - bias),
             )
-            if errors[kind] <= 10 * tolerance:  # the norm's own epsilon counts on residuals that are small
-                self.kind = kind
-                return
-        raise ModelError(
-            f"the final norm of {self._name} is neither LayerNorm nor RMSNorm (errors "
-            f"{' and '.join(f'{error:.1e}' for error in errors.values())} of its output), or something stands between "
-            f"it and the unembedding, so that effects on logits cannot be told; {_INSTEAD}"
-        )
+        self.kind = min(errors, key=errors.__getitem__)
+        self.gain = gains[self.kind]
+        if not errors[self.kind] <= _REBUILD_TOLERANCE.get(entering.dtype, 1e-4):
+            raise ModelError(
+                f"the final norm of {adapter.info.name} is neither LayerNorm nor RMSNorm ({errors[self.kind]:.1e} of "
+                "its output is not explained), or something stands between it and the unembedding, so that effects on "
+                f"logits cannot be told; {_INSTEAD}"
+            )
 
     def fold(self, w_out: Float[Tensor, "neuron d_model"]) -> Float[Tensor, "neuron d_model"]:
         """Return output rows as they enter the unembedding, but for the norm's scale."""
@@ -230,12 +232,18 @@ def _standardised(rows: Float[Tensor, "*rows d_model"], kind: str) -> Float[Tens
     return rows / rows.pow(2).mean(dim=-1, keepdim=True).sqrt()
 
 
+def _error_of_direction(found: Float[Tensor, "row d_model"], output: Float[Tensor, "row d_model"]) -> float:
+    """Return the relative error of rows, each up to a factor: a norm's epsilon changes no direction."""
+    factor = (found * output).sum(dim=1, keepdim=True) / (found * found).sum(dim=1, keepdim=True)
+    return relative_error(found * factor, output)
+
+
 def _through(adapter: MLPAdapter, module: torch.nn.Module) -> tuple[Tensor, Tensor]:
     """Return what enters the final norm on one batch, and what enters the unembedding there, [pos, d_model]."""
     caught: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, args: caught.append(args[0].detach()))
     try:
-        leaving = attach(adapter, plain=False)._wrapped_residual(_probe_tokens(adapter.model), None)
+        leaving = adapter._wrapped_residual(_probe_tokens(adapter.model), None)
     finally:
         handle.remove()
     if not caught or caught[0].shape != leaving.shape:

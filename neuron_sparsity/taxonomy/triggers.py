@@ -143,8 +143,8 @@ class Triggers:
 
     @property
     def bytes_a_neuron(self) -> int:
-        """Working memory of `add` for one neuron: activity twice, and counts of n-grams thrice."""
-        return 2 * self.tokens.size + 12 * max(len(grams.places) for grams in self._grams)
+        """Working memory of `add` for one neuron: activity twice; counts of n-grams, sorted, summed, as shares."""
+        return 2 * self.tokens.size + 24 * max(len(grams.places) for grams in self._grams)
 
     def add(self, layer: int, first: int, active: NDArray[np.uint8]) -> None:
         """Take in neurons from `first` on; `active` is [token, neuron], with position 0 of each window blank."""

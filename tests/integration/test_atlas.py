@@ -156,7 +156,7 @@ def test_memory_is_bounded_and_changes_nothing(
         return get(self, layer, start, stop)
 
     monkeypatch.setattr(active_module, "IN_MEMORY", 0)
-    monkeypatch.setattr(table_module, "_WORK_BYTES", 3 * (4 * 288 + 2 * 288 + 12 * 264))
+    monkeypatch.setattr(table_module, "_WORK_BYTES", 3 * (4 * 288 + 2 * 288 + 24 * 252))
     monkeypatch.setattr(logits_module, "_EFFECT_FLOATS", 2100)
     monkeypatch.setattr(ActiveBits, "get", watched)
     small = atlas(case.stats, case.model, case.windows, triggers=LOOSE, batch_size=5)
@@ -415,13 +415,16 @@ def headed(change: Callable[[bytes], bytes]) -> Callable[[pa.Table], pa.Table]:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda table: table.slice(1), "rows are not those of 2 layers of 64 neurons, in their order"),
+        (lambda table: table.slice(1), "127 rows are not those of 2 layers of 64 neurons"),
         (lambda table: pa.concat_tables([table, table]), "rows are not those of"),
         (lambda table: table.drop_columns(["class"]), "there is no column class"),
         (lambda table: table.append_column("more", pa.array([1] * 128)), "are not those of an atlas"),
         (lambda table: table.select(table.column_names[::-1]), "are not those of an atlas"),
         (lambda table: table.replace_schema_metadata(None), "Expecting value"),
-        (replaced("neuron", lambda values: values[::-1]), "rows are not those of"),
+        (
+            replaced("neuron", lambda values: values[::-1]),
+            "64 neurons, in their order",
+        ),
         (replaced("class", lambda values: ["undead", *values[1:]]), "class is 'undead', not one of dead, rare"),
         (replaced("class", lambda values: [None, *values[1:]]), "class has 1 values that are missing"),
         (replaced("logit_role", lambda values: ["<script>", *values[1:]]), "logit_role is '<script>'"),
@@ -435,7 +438,7 @@ def headed(change: Callable[[bytes], bytes]) -> Callable[[pa.Table], pa.Table]:
         (replaced("layer", lambda values: values, pa.int64()), "are not those of an atlas"),
         (headed(lambda text: text.replace(b'"n_tokens": 288', b'"n_tokens": "many"')), "invalid literal for int"),
         (headed(lambda text: text.replace(b'"curve": [{', b'"curve": [{"dead": 3}, {')), "KeyError"),
-        (headed(lambda text: text.replace(b'"watched": {', b'"watched": {"name": 3}, "other": {')), "KeyError"),
+        (headed(lambda text: text.replace(b'"watched": {', b'"watched": {"title": 3}, "other": {')), "KeyError"),
         (headed(lambda text: text.replace(b'"question": {', b'"question": [], "other": {')), "question must be"),
     ],
 )
