@@ -186,15 +186,17 @@ def assert_brute(tokens: np.ndarray, active: np.ndarray, rule: TriggerRule, foun
 )
 def test_triggers_are_those_of_a_count(rule: TriggerRule, block: int) -> None:
     generator = np.random.default_rng(3)
-    tokens = generator.integers(0, 6, (9, 21))
-    active = random_activity(4, (9, 21, 40), 0.1)
+    tokens = generator.integers(0, 6, (9, 30))
+    for first, before in ((2, 0), (10, 1), (14, 0)):  # the bigram (4, 2) stands thrice as often as the trigram
+        tokens[:, first : first + 3] = [before, 4, 2]
+    tokens[:, 20:29] = [0, 2, 0, 2, 0, 2, 0, 2, 0]  # and the token 2 twice as often as the bigram
+    active = random_activity(4, (9, 30, 40), 0.1)
     active |= generator.random(40) < 0.3  # some are on nearly everywhere
     for neuron, token in enumerate(range(6)):  # and some know a token, with noise
         active[:, :, neuron] = (tokens == token) ^ (generator.random(tokens.shape) < 0.01 * neuron)
     pair = (tokens[:, 1:] == 2) & (tokens[:, :-1] == 4)
     active[:, 1:, 6], active[:, 0, 6] = pair, True  # position 0 takes no part
-    active[:, 2:, 7] = pair[:, 1:] & (tokens[:, :-2] == 1)
-    active[:, :2, 7] = False
+    active[:, :2, 7], active[:, 2:, 7] = False, pair[:, 1:] & (tokens[:, :-2] == 1)
     active[:, :, 8] = False
     kinds = assert_brute(tokens, active, rule, found_triggers(tokens, active, rule, block))
     if rule.covered == 0.6:
