@@ -166,7 +166,8 @@ def logit_effects(model: Any, *, k: int = 10, progress: Progress | None = None) 
                 moments[(slice(None), *here)] = _moments(effect).cpu()
     if progress:
         progress("effects on logits", info.n_layers * info.d_mlp, info.n_layers * info.d_mlp)
-    return LogitEffects(ids[0], values[0], ids[1], values[1], *moments, n_vocab=n_vocab, norm=norm.kind)
+    mean, std, skew, kurtosis = moments
+    return LogitEffects(ids[0], values[0], ids[1], values[1], mean, std, skew, kurtosis, n_vocab, norm.kind)
 
 
 def _moments(effect: Float[Tensor, "neuron vocab"]) -> Float[Tensor, "moment neuron"]:

@@ -16,24 +16,26 @@ from tests.cli.conftest import SIZES
 
 def test_it_records_what_is_not_there_and_says_what_it_found(measure: Any, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = measure("atlas", "--p", "5", "--out", folder)
+    done = measure("atlas", "--active", "nonzero", "--out", folder)
     assert done.code == 0, done.err
     assert done.err == ""
     made, stats = Atlas.load(folder), NeuronStatistics.load(folder)
-    assert stats.threshold_names == ("CETT-PPL-5%",)
-    assert made.question["active"] == "CETT-PPL-5%"
+    assert made.question["active"] == "nonzero"
     assert (made.corpus["sha256"], made.watched["sha256"]) == (stats.corpus["sha256"],) * 2  # type: ignore[index]
     assert made.curve[-1].n_tokens == made.n_tokens == 192
-    assert {"sparsity.json", "statistics.safetensors", "atlas.parquet"} <= {path.name for path in folder.iterdir()}
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"run.json", "windows.safetensors", "statistics.safetensors", "atlas.parquet"}
     lines = done.out.splitlines()
     assert lines[0].endswith("192 tokens in windows of 16: 128 neurons")
-    assert lines[1].startswith("active: contribution >= the layer's CETT-PPL-5% threshold; dead: active on under 0.1 %")
+    assert lines[1].startswith(
+        "active: post-activation is not exactly zero; dead: active on under 0.1 % of tokens; rare"
+    )
     counts = made.counts()
-    classes = counts["classes"]
-    assert lines[2].startswith(f"dead {classes['dead']:,} ({classes['never']:,} never active: at most 1.6 % of tokens")
-    assert lines[3].startswith("dead, as N grows: ")
-    assert f"{classes['dead']:,} at N = 192" in lines[3]
+    # A gated SiLU is never exactly zero.
+    assert lines[2].startswith("dead 0 (0 never active: at most 1.6 % of tokens, 95 % bound 3/N), rare 0, alive 0, ")
+    assert lines[3] == "dead, as N grows: 0 at N = 16, 0 at N = 48, 0 at N = 96, 0 at N = 192"
     assert f"{counts['triggers']['token_detector']:,} token detectors" in lines[4]
+    assert f"prediction {counts['roles']['prediction']:,}, suppression" in lines[-2]
     assert lines[-1] == f"atlas: {folder / 'atlas.parquet'}"
     assert pd.read_parquet(folder / "atlas.parquet").shape == made.table.shape  # any reader of Parquet will do
 
@@ -63,7 +65,9 @@ def test_relu_is_counted_by_zeros(cli: Any, model_folder: Callable[[str], str], 
 def test_it_takes_the_thresholds_of_a_run(whole_run: Callable[[], Path], measure: Any) -> None:
     folder = whole_run()
     before = (folder / "statistics.safetensors").read_bytes()
-    assert measure("atlas", "--out", folder, "--no-logits", "--quiet").code == 0
+    done = measure("atlas", "--out", folder, "--no-logits")
+    assert done.code == 0, done.err
+    assert "active: contribution >= the layer's CETT-PPL-1% threshold; dead: " in done.out
     assert (folder / "statistics.safetensors").read_bytes() == before
     made, stats = Atlas.load(folder), NeuronStatistics.load(folder)
     assert made.question["active"] == stats.threshold_names[0]
