@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from neuron_sparsity import __version__, commands, effect_commands
+from neuron_sparsity import __version__, atlas_commands, commands, effect_commands
 from neuron_sparsity.console import (
     conclude,
     conclude_pareto,
@@ -350,6 +350,7 @@ def fit(
             say(line)
 
 
+app.command()(atlas_commands.atlas)
 app.command()(commands.plan)
 app.command()(effect_commands.damage)
 app.command()(effect_commands.evaluate)

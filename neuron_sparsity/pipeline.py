@@ -6,6 +6,7 @@
     ablate     -> ablation.json        searched on the calibration part, confirmed on the held-out part
     damage     -> damage.json          with damage.safetensors; of sparsity.json, or of ablation.json
     passage    -> passage.json         activity of every layer on every token of one window
+    atlas      -> atlas.parquet        what kind of neuron each one is
     pareto     -> pareto.json          every rule over a range of activation ratios; its passes in pareto-passes.json
 
 A step whose file is there already, for the same request, is not run again: an interrupted report goes on where it
@@ -39,6 +40,7 @@ from neuron_sparsity.scores import RANKINGS, best_ranking
 from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsities
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, blaming, decode, read_json, write_json, write_tensors
+from neuron_sparsity.taxonomy import Atlas, atlas
 from neuron_sparsity.truncation import TokenActivity, token_activity
 from neuron_sparsity.typed import checked
 
@@ -290,6 +292,19 @@ class Run:
         activity = token_activity(self.adapter, self.calibration, result, window=middle, backend=self.backend)
         write_json(path, activity.to_json() | thresholds)
         return activity
+
+    def atlas(self, stats: NeuronStatistics, *, active: str | None = None, logits: bool = True) -> Atlas:
+        """Find what kind of neuron each one is, or read it if the folder has it for the same question.
+
+        Args:
+            stats: The recording, of this folder or of other text.
+            active: What counts as active; if None, exceeding the first recorded thresholds, else not exactly zero.
+            logits: Whether to work out the effects on logits.
+        """
+        options: dict[str, Any] = {"batch_size": self.batch_size, "progress": self.progress}
+        return atlas(
+            stats, self.adapter, self.calibration, folder=self.folder.path, active=active, logits=logits, **options
+        )
 
     def pareto(self, rules: Sequence[str], *, p_percents: Sequence[float], n_points: int) -> ParetoResult:
         """Measure perplexity against activation ratio under every rule, or read it if the folder has the same question.

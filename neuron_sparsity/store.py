@@ -35,7 +35,9 @@ __all__ = [
     "blaming",
     "decode",
     "make_folder",
+    "parse_header",
     "provenance",
+    "read_bytes",
     "read_json",
     "read_tensors",
     "to_json_text",
@@ -58,6 +60,7 @@ _PACKAGES = (
     "transformers",
     "numpy",
     "safetensors",
+    "pyarrow",
     "circuitsvis",
 )
 
@@ -191,6 +194,27 @@ def read_tensors(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     _check_schema(path, header.get("schema") if isinstance(header, dict) else None)
     return tensors, header
+
+
+def read_bytes(path: Path) -> bytes:
+    """Read a file of a run whole.
+
+    Raises:
+        RunFolderError: If it is missing, no regular file, or larger than memory.
+    """
+    with _readable(path, _memory_bytes()):
+        return path.read_bytes()
+
+
+def parse_header(path: Path, text: bytes) -> dict[str, Any]:
+    """Parse the JSON object that a file of another format carries.
+
+    Raises:
+        RunFolderError: If it is damaged, no object, or of a newer schema.
+    """
+    data = decode(path, lambda: _parse(text.decode()))
+    _check_schema(path, data.get("schema") if isinstance(data, dict) else None)
+    return dict(data)
 
 
 @contextmanager

@@ -85,6 +85,7 @@ ROOMS = [
     "options",
     "commands",
     "console",
+    "atlas_commands",
     "effect_commands",
     "cli",
     "__main__",

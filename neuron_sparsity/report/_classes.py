@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from neuron_sparsity.report._text import number
 from neuron_sparsity.search import search_name
+from neuron_sparsity.taxonomy.classes import ALWAYS_ON, DEAD, RARE
 
 if TYPE_CHECKING:
     from neuron_sparsity.recorder import NeuronStatistics
@@ -28,8 +29,6 @@ __all__ = [
     "layer_labels",
     "upper_bound",
 ]
-
-DEAD, RARE, ALWAYS_ON = 0.001, 0.01, 0.99
 
 
 @dataclass(frozen=True)
