@@ -86,6 +86,7 @@ ROOMS = [
     "commands",
     "console",
     "effect_commands",
+    "report_commands",
     "cli",
     "__main__",
 ]
