@@ -109,6 +109,27 @@ def explorer(
     """
     labels, (n_layers, width) = layer_labels(stats), active.frequency.shape
     extra = atlas_columns(atlas, labels, width)
+    wanted = flat_indices(stats, neurons)
+    n_tokens = sum(most for name, most in _LISTS if name in extra)
+    order, capacity, n_examples = _order(stats, active, n_tokens, wanted)
+    while True:
+        chosen = np.sort(order[:capacity])
+        found = _packed(stats, active, removed, extra, chosen, n_examples, thresholds)
+        if len(found.text) <= text_bytes(n_layers * width) or capacity <= max(len(wanted), 1):
+            return found
+        capacity = max(len(wanted), 1, int(0.8 * capacity))  # texts that pack badly
+
+
+def _packed(
+    stats: NeuronStatistics,
+    active: Activity,
+    removed: AblationResult | None,
+    extra: dict[str, NDArray[Any]],
+    chosen: NDArray[np.int64],
+    n_examples: int,
+    thresholds: Sequence[float],
+) -> Explorer:
+    labels, (n_layers, width) = layer_labels(stats), active.frequency.shape
     table = _Table(Packed(), n_layers * width)
     window = int(stats.corpus.get("window") or 0)
     head = {"width": width, "layers": labels, "tokens": stats.n_tokens, "window": window, "n": table.n_neurons}
@@ -116,10 +137,7 @@ def explorer(
     _numbers(table, stats, active)
     _removal(table, removed, labels)
     shown = _atlas_numbers(table, extra)
-    wanted = flat_indices(stats, neurons)
-    n_examples = array(stats.example_value).shape[2]
     names = [name for name, _ in _LISTS if name in extra]
-    chosen, n_examples = _chosen(stats, active, n_examples, sum(n for name, n in _LISTS if name in extra), wanted)
     table.packed.add("chosen", chosen, "u4")
     strings = _Strings()
     _examples(table.packed, stats, chosen, n_examples, strings)
@@ -238,15 +256,15 @@ def _atlas_numbers(table: _Table, extra: dict[str, NDArray[Any]]) -> list[str]:
     return shown
 
 
-def _chosen(
-    stats: NeuronStatistics, active: Activity, n_examples: int, n_tokens: int, wanted: Sequence[int]
-) -> tuple[NDArray[np.int64], int]:
-    """Return the flat indices, ascending, of the neurons that bring examples along, and how many examples of each.
+def _order(
+    stats: NeuronStatistics, active: Activity, n_tokens: int, wanted: Sequence[int]
+) -> tuple[NDArray[np.int64], int, int]:
+    """Return all neurons, first who brings examples along, how many of them do, and how many examples of each.
 
     A neuron has `n_tokens` texts besides its examples; a token takes 2 bytes before it is packed.
     """
     n, width = active.frequency.size, active.frequency.shape[1]
-    budget, context = budget_bytes(n), array(stats.example_context).shape[3]
+    budget, context, n_examples = budget_bytes(n), stats.example_context.shape[3], stats.example_value.shape[2]
     cost = 2 * n_tokens + 8
     of_example = 2 * context + 8
     if n * (cost + n_examples * of_example) > budget:
@@ -262,12 +280,17 @@ def _chosen(
     has_example = array(stats.example_position)[:, :, 0] >= 0 if n_examples else np.zeros(mean.shape, dtype=bool)
     priority = np.where(has_example, first, first + width).ravel()
     priority[list(wanted)] = -1
-    return np.sort(np.argsort(priority, kind="stable")[:capacity]), n_examples
+    return np.argsort(priority, kind="stable"), capacity, n_examples
 
 
 def budget_bytes(n_neurons: int) -> int:
     """Return what examples and lists of tokens may take before they are packed: 1.9 MB for 46,080 neurons."""
     return 1_800_000 + 2 * n_neurons
+
+
+def text_bytes(n_neurons: int) -> int:
+    """Return what the packed table may take of the page: 3.9 MB for 46,080 neurons, 12.2 MB for 458,752."""
+    return 3_000_000 + 20 * n_neurons
 
 
 def _ranks(score: NDArray[Any]) -> NDArray[np.int64]:

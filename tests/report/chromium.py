@@ -13,6 +13,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -21,13 +22,14 @@ from typing import Any
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
 )
+_LAUNCHER = "import os, sys; a = sys.argv; os.dup2(int(a[1]), 3); os.dup2(int(a[2]), 4); os.execv(a[3], a[3:])"
 _KEYS = {"Enter": 13, "Escape": 27, "ArrowDown": 40, "ArrowUp": 38, "Home": 36, "End": 35, "PageDown": 34, "Tab": 9}
 
 
 class Chromium:
     """A headless browser with one page; `logged` holds console errors and exceptions, `requested` every address."""
 
-    def __init__(self, folder: Path, *, timeout: float = 60.0) -> None:
+    def __init__(self, folder: Path, *, timeout: float = 30.0) -> None:
         self.folder, self.timeout = folder, timeout
         self.logged: list[str] = []
         self.requested: list[str] = []
@@ -37,25 +39,31 @@ class Chromium:
     def __enter__(self) -> Chromium:
         read_end, self._write = os.pipe()
         self._read, write_end = os.pipe()
-        # Apart from 3 and 4, which the shell puts them on.
+        # Apart from 3 and 4, which the launcher puts them on.
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (read_end, write_end)]
         command = [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe", "--no-first-run",
-            f"--user-data-dir={self.folder / 'profile'}", "about:blank",
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-3d-apis", "--remote-debugging-pipe",
+            "--no-first-run", f"--user-data-dir={self.folder / 'profile'}", "about:blank",
         ]  # fmt: skip
-        redirect = f'exec "$@" 3<&{high[0]} 4>&{high[1]}'
         self._process = subprocess.Popen(
-            ["sh", "-c", redirect, "sh", *command],
+            [sys.executable, "-S", "-E", "-c", _LAUNCHER, *map(str, high), *command],
             pass_fds=high, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         for fd in (read_end, write_end, *high):
             os.close(fd)
+        try:
+            self._attach()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def _attach(self) -> None:
         page = self._send("Target.createTarget", {"url": "about:blank"}, session=False)["targetId"]
         attached = self._send("Target.attachToTarget", {"targetId": page, "flatten": True}, session=False)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self._send(f"{domain}.enable")
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -75,7 +83,9 @@ class Chromium:
         path.write_text(html, encoding="utf-8")
         metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         self._send("Emulation.setDeviceMetricsOverride", metrics)
-        self._send("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]})
+        wishes = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}  # no smooth scrolling
+        features = [{"name": name, "value": value} for name, value in wishes.items()]
+        self._send("Emulation.setEmulatedMedia", {"features": features})
         self._send("Page.navigate", {"url": "about:blank"})
         self._send("Page.navigate", {"url": path.as_uri() + anchor})
         self.wait("document.readyState === 'complete'")
@@ -153,9 +163,9 @@ class Chromium:
         method, parameters = event.get("method"), event.get("params", {})
         if method == "Runtime.exceptionThrown":
             self.logged.append(str(parameters["exceptionDetails"]))
-        elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
+        elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "assert"):
             self.logged.append(str(parameters["args"]))
-        elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
+        elif method == "Log.entryAdded" and parameters["entry"]["level"] == "error":
             self.logged.append(str(parameters["entry"]))
         elif method == "Page.javascriptDialogOpening":
             self.logged.append(f"dialog: {parameters['message']}")

@@ -47,7 +47,7 @@ def test_every_run_has_its_column(runs: dict[str, dict[str, Any]]) -> None:
     assert cells(page.html, "can go for good")[0] == "5 (2.60\u00a0%)"
     assert "B · two needs the fewest" in page.html
     assert page.title == "2 runs side by side"
-    assert page.html.count("CircuitsVis") == 0  # nothing of it is used here
+    assert page.html.count("var CircuitsVis=") == 0  # nothing of it is used here
 
 
 def test_layers_of_unequal_models_meet_at_their_relative_depth(runs: dict[str, dict[str, Any]]) -> None:

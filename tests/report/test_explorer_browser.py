@@ -12,6 +12,8 @@ import pytest
 
 from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report import report
+from neuron_sparsity.report.page import Section, render
+from neuron_sparsity.report.views import neuron_table
 from tests.report.chromium import CHROMIUM, Chromium
 from tests.report.conftest import Run, make_atlas, make_run
 
@@ -44,9 +46,14 @@ def full(full_run: Run) -> Run:
     return full_run
 
 
-def shown(browser: Chromium, run: Run, **options: Any) -> None:
-    parts = {name: options.pop(name) for name in ("atlas", "neurons", "title") if name in options}
-    html = report(run.stats, run.result, run.removed, passage=run.passage, **parts).html
+def shown(browser: Chromium, run: Run, *, whole: bool = False, **options: Any) -> None:
+    """Show the table of a run, or with `whole` its page, which takes longer."""
+    parts = {name: options.pop(name) for name in ("atlas", "neurons") if name in options}
+    if whole:
+        html = report(run.stats, run.result, run.removed, passage=run.passage, **parts).html
+    else:
+        table = neuron_table(run.stats, run.result, run.removed, **parts)
+        html = render([Section("which", "Which neurons?", "", (table,))], title="A table")
     browser.logged.clear()
     browser.requested.clear()
     browser.open(html, **options)
@@ -58,7 +65,7 @@ def first_row(browser: Chromium) -> list[str]:
 
 
 def test_rows_open_filter_and_sort_without_error_or_request(browser: Chromium, full: Run) -> None:
-    shown(browser, full)
+    shown(browser, full, whole=True)
     n, mean = 46_080, (full.stats.contribution_sum / full.stats.n_tokens).numpy()
     assert browser.run(FOUND) == "46,080 of 46,080"
     assert browser.run(f"{ROWS}.length") < 60  # of all those rows, as many as are seen
@@ -188,7 +195,7 @@ def test_hostile_text_is_shown_as_text(browser: Chromium, policy: bool) -> None:
 
 @pytest.mark.parametrize("width", [1280, 400])
 def test_nothing_is_wider_than_the_window(browser: Chromium, run: Run, width: int) -> None:
-    shown(browser, run, atlas=make_atlas(run.stats), width=width)
+    shown(browser, run, atlas=make_atlas(run.stats), width=width, whole=True)
     assert browser.run("document.documentElement.scrollWidth") <= width
 
 
