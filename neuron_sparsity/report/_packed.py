@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 __all__ = ["Packed", "asinh_codes", "log_codes", "unpack"]
 
 MISSING = 65_535
-_TYPES = {"u1": np.uint8, "u2": np.dtype("<u2"), "u4": np.dtype("<u4")}
+_TYPES: dict[str, np.dtype[Any]] = {kind: np.dtype(f"<{kind}") for kind in ("u1", "u2", "u4")}
 
 
 class Packed:

@@ -11,6 +11,7 @@ import pytest
 from benchmarks.report_page import synthetic_statistics
 from neuron_sparsity.damage import DamageResult
 from neuron_sparsity.damage_tables import Interval, LayerDamage, TokenDamage
+from neuron_sparsity.report import _explorer
 from neuron_sparsity.report._packed import unpack
 from neuron_sparsity.report_commands import neuron_places
 from neuron_sparsity.store import RunFolder, write_json
@@ -87,7 +88,7 @@ def test_asked_for_neurons_are_on_the_page(
 ) -> None:
     path = folder("run")
     monkeypatch.setattr("neuron_sparsity.adapter.load_model", refuse)
-    monkeypatch.setattr("neuron_sparsity.report._explorer.budget_bytes", lambda n: 400)
+    monkeypatch.setattr(_explorer, "budget_bytes", lambda n: 400)
     cli("report", path, "--quiet")
     few = chosen(path)
     asked = [(0, 3), (0, 4), (1, 5), (1, 23)]

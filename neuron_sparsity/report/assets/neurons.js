@@ -91,14 +91,14 @@
       columns.splice(2, 0, { key: "kind", label: "kind", cell: (at) => kindsOf(at).join(", "), sort: (at) => sections.kind[at] || NaN });
     }
     if (sections.removal) {
-      columns.push({ key: "removal", label: "goes as", number: true,
-        cell: (at) => (sections.removal[at] ? count(sections.removal[at]) : "stays"), sort: (at) => sections.removal[at] || NaN });
+      columns.push({ key: "removal", label: "can go as", number: true,
+        cell: (at) => (sections.removal[at] ? "no. " + count(sections.removal[at]) : "stays"), sort: (at) => sections.removal[at] || NaN });
     }
 
     let shown = Uint32Array.from({ length: n }, (_, at) => at);
     let order = { key: "mean", down: true }, active = 0, opened = -1;
 
-    const widths = { neuron: 12, class: 12, kind: 24 }, wide = (column) => widths[column.key] || 13;
+    const widths = { neuron: 16, class: 13, kind: 25 }, wide = (column) => widths[column.key] || 15;
     scroller.querySelector("table").style.minWidth = columns.reduce((sum, column) => sum + wide(column), 0) + "ch";
     const head = make("tr", { role: "row" });
     columns.forEach((column) => {
@@ -282,6 +282,9 @@
           const power = Math.log2(edges[k]);
           svg.append(draw("text", { class: "xtick", x: left + k * wide, y: H - bottom + 16 }, power < 0 && power > -4 ? number(edges[k], 2) : power >= 0 ? String(edges[k]) : "2" + [...String(power)].map((c) => (c === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[c])).join("")));
         }
+      }
+      if (!svg.querySelector(".xtick[x='" + (left + wide) + "']")) {
+        svg.append(draw("text", { class: "xtick", x: left + wide / 2, y: H - bottom + 16 }, "≈0"));
       }
       const cut = thresholds[Math.floor(at / width)];
       if (cut > 0) {
