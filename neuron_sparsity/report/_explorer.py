@@ -50,7 +50,7 @@ class Explorer:
         n_examples: Examples of each of those.
         histograms: Whether every neuron has its histogram.
         rounding_percent: Largest error of a number, in percent.
-        atlas: Columns of the atlas that are shown.
+        lists: Columns of the atlas that are lists of tokens and are shown.
     """
 
     text: str
@@ -59,7 +59,7 @@ class Explorer:
     n_examples: int
     histograms: bool
     rounding_percent: float
-    atlas: tuple[str, ...]
+    lists: tuple[str, ...]
 
 
 def atlas_columns(atlas: Any, labels: Sequence[int], width: int) -> dict[str, NDArray[Any]]:
@@ -115,9 +115,11 @@ def explorer(
     while True:
         chosen = np.sort(order[:capacity])
         found = _packed(stats, active, removed, extra, chosen, n_examples, thresholds)
-        if len(found.text) <= text_bytes(n_layers * width) or capacity <= max(len(wanted), 1):
+        over = len(found.text) / text_bytes(n_layers * width)
+        if over <= 1 or capacity <= max(len(wanted), 1):
             return found
-        capacity = max(len(wanted), 1, int(0.8 * capacity))  # texts that pack badly
+        # Texts that pack badly; the numbers of all neurons, which stay, are a part of what is over.
+        capacity = max(len(wanted), 1, int(min(0.9, over**-2) * capacity))
 
 
 def _packed(
@@ -136,7 +138,7 @@ def _packed(
     table.packed.header |= head | {"kinds": list(KINDS), "columns": []}
     _numbers(table, stats, active)
     _removal(table, removed, labels)
-    shown = _atlas_numbers(table, extra)
+    _atlas_numbers(table, extra)
     names = [name for name, _ in _LISTS if name in extra]
     table.packed.add("chosen", chosen, "u4")
     strings = _Strings()
@@ -146,7 +148,7 @@ def _packed(
     _histograms(table.packed, stats, thresholds, None if every else chosen)
     table.packed.header["strings"] = strings.texts
     return Explorer(
-        table.packed.text(), table.n_neurons, len(chosen), n_examples, every, 0.05 if every else 1.0, (*shown, *names)
+        table.packed.text(), table.n_neurons, len(chosen), n_examples, every, 0.05 if every else 1.0, tuple(names)
     )
 
 
@@ -231,13 +233,11 @@ def _removal(table: _Table, removed: AblationResult | None, labels: Sequence[int
     table.packed.add("removal", order, "u4")
 
 
-def _atlas_numbers(table: _Table, extra: dict[str, NDArray[Any]]) -> list[str]:
-    shown = []
+def _atlas_numbers(table: _Table, extra: dict[str, NDArray[Any]]) -> None:
     for name, label, short, unit, scale in _NUMBERS:
         if name in extra:
             values = extra[name].astype(np.float64)
             table.column(name, label, short, unit, scale, np.maximum(values, 0.0) if scale == "log" else values)
-            shown.append(name)
     kinds = np.zeros(table.n_neurons, dtype=np.int64)
     sources = ("is_token_detector", "ngram", "is_positional", "logit_role")
     for name in (source for source in sources if source in extra):
@@ -250,10 +250,8 @@ def _atlas_numbers(table: _Table, extra: dict[str, NDArray[Any]]) -> list[str]:
             kinds |= 8 * values.astype(bool)
         else:
             kinds |= sum((16 << index) * (values == role) for index, role in enumerate(KINDS[4:]))
-        shown.append(name)
     if any(source in extra for source in sources):
         table.packed.add("kind", kinds, "u1")
-    return shown
 
 
 def _order(

@@ -129,8 +129,9 @@ def _caption(stats: NeuronStatistics, active: classes.Activity, found: Explorer)
         f"Active: {visible(active.definition)}. Contributions in residual-stream norm, per token; share of its layer: "
         f"of the layer's summed contributions. Numbers are kept to about {plain(found.rounding_percent)}\u00a0%."
     ]
+    more = ", triggers and logit tokens." if found.lists else "."
     if found.n_chosen < found.n_neurons:
-        what = "Examples" + (", triggers and logit tokens" if found.atlas else "")
+        what = "Examples" + (", triggers and logit tokens" if found.lists else "")
         also = "" if found.histograms else ", and histograms,"
         said.append(
             f"{what}{also} are in this page for {count(found.n_chosen)} neurons, as many of every layer: those of "
@@ -139,4 +140,4 @@ def _caption(stats: NeuronStatistics, active: classes.Activity, found: Explorer)
         )
         shape = Markup("{} <code>neuron-sparsity report RUNFOLDER --neurons LAYER:NEURON</code>.")
         return shape.format(" ".join(said))
-    return Markup("{}").format(" ".join(said) + " Text is searched in examples, triggers and logit tokens.")
+    return Markup("{}").format(" ".join(said) + " Text is searched in examples" + more)

@@ -87,9 +87,9 @@ def log_codes(values: NDArray[np.floating], levels: int) -> tuple[NDArray[np.uin
         ValueError: If a value is negative.
 
     Example:
-        >>> codes, low, high = log_codes(np.array([0.0, 1.0, 10.0, 100.0, np.nan]), 65_534)
-        >>> codes.tolist(), round(high / np.log(10), 6)
-        ([0, 1, 32768, 65534, 65535], 2.0)
+        >>> codes, low, high = log_codes(np.array([0.0, 1.0, 10.0, 1000.0, np.nan]), 65_534)
+        >>> codes.tolist(), low, round(high, 4)
+        ([0, 1, 21845, 65534, 65535], 0.0, 6.9078)
     """
     finite = np.isfinite(values)
     if (values[finite] < 0).any():
@@ -109,8 +109,8 @@ def asinh_codes(values: NDArray[np.floating], levels: int) -> tuple[NDArray[np.u
     logarithmic beyond; 65535 is none.
 
     Example:
-        >>> asinh_codes(np.array([-2.0, 0.0, 2.0, np.inf]), 65_534)[0].tolist()
-        [1, 32768, 65534, 65535]
+        >>> asinh_codes(np.array([-2.0, 2.0, np.inf]), 65_534)[0].tolist()
+        [1, 65534, 65535]
     """
     finite = np.isfinite(values)
     scaled = np.arcsinh(np.where(finite, values, 0.0))
