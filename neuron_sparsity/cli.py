@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from neuron_sparsity import __version__, atlas_commands, commands, effect_commands
+from neuron_sparsity import __version__, atlas_commands, commands, effect_commands, report_commands
 from neuron_sparsity.console import (
     conclude,
     conclude_pareto,
@@ -32,6 +32,7 @@ from neuron_sparsity.options import (
     Bos,
     By,
     Calibration,
+    Compare,
     Controls,
     Device,
     Dtype,
@@ -39,6 +40,7 @@ from neuron_sparsity.options import (
     Metric,
     Model,
     NCtx,
+    Neurons,
     Out,
     P,
     Packed,
@@ -57,7 +59,7 @@ from neuron_sparsity.options import (
     check_rules,
 )
 from neuron_sparsity.parallel import launched
-from neuron_sparsity.terminal import given, one_flag_a_text, one_line_errors, prepare
+from neuron_sparsity.terminal import one_flag_a_text, one_line_errors, prepare
 
 __all__ = ["app", "main"]
 
@@ -97,6 +99,8 @@ def report(
     dtype: Dtype = "float32",
     backend: Kernels = "auto",
     seed: Seed = 0,
+    compare: Compare = None,
+    neurons: Neurons = None,
     trust_remote_code: RemoteCode = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -105,19 +109,15 @@ def report(
 
     Two thirds of the windows are for measuring, one third confirms what can go.
     """
+    if compare:
+        report_commands.compare_again(context, compare, out, quiet=quiet, as_json=as_json)
+        return
     check_question(p, ranking, replacement, scope, metric)
     if (Path(model) / "run.json").is_file():
-        from neuron_sparsity.run_results import load_run, render
-
-        refused = [
-            name for name in context.params if name not in ("model", "quiet", "as_json") and given(context, name)
-        ]
-        if refused:
-            raise ValueError(f"{model} is a run folder, rendered as it is; leave out --{refused[0].replace('_', '-')}")
-        found = load_run(model)
-        render(model, found)
-        conclude(Path(model), found["result"], found["stats"], found["removed"], quiet=quiet, as_json=as_json)
+        report_commands.render_again(context, Path(model), neurons or [], quiet=quiet, as_json=as_json)
         return
+    if neurons:
+        raise ValueError(f"--neurons is for a run folder, {model} is none; render it again when it is measured")
     with open_run(model, text, tokens, out, locals(), heldout=True) as run:
         from neuron_sparsity.run_results import render
 

@@ -98,6 +98,14 @@ Kernels = Annotated[
     str, typer.Option("--backend", help="Of the kernels: auto (triton on CUDA, else torch), torch or triton.")
 ]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder. Default: runs/MODEL-CORPUS.")]
+Compare = Annotated[
+    list[Path] | None,
+    typer.Option("--compare", help="Run folders, two or more: one page with them side by side, without a model."),
+]
+Neurons = Annotated[
+    list[str] | None,
+    typer.Option("--neurons", help="Of a run folder: LAYER:NEURON whose examples must be on the page."),
+]
 P = Annotated[float, typer.Option("--p", help="Rise of perplexity in percent.")]
 Ps = Annotated[
     list[float] | None,

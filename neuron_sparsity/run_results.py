@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuron_sparsity.ablation import AblationResult
+from neuron_sparsity.damage import DamageResult
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.pareto import ParetoResult
-from neuron_sparsity.report import Report, report
+from neuron_sparsity.report import Report, compare, report
+from neuron_sparsity.report._explorer import flat_indices
 from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
@@ -20,11 +22,11 @@ from neuron_sparsity.store import RunFolder, blaming, read_json
 from neuron_sparsity.truncation import TokenActivity
 from neuron_sparsity.typed import checked
 
-__all__ = ["applied_results", "load_run", "means_of", "render"]
+__all__ = ["applied_results", "load_run", "means_of", "render", "render_comparison"]
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
-    """Return what a run folder holds: `stats`, `result`, `removed`, `passage`, `pareto`; None for steps not taken.
+    """Return what a run folder holds: `stats`, `result`, `removed`, `passage`, `pareto`, `damage`; None if not there.
 
     Raises:
         RunFolderError: If it is no run folder, or a file in it is damaged or newer.
@@ -35,6 +37,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
         "removed": ("ablation.json", AblationResult.from_json),
         "passage": ("passage.json", TokenActivity.from_json),
         "pareto": ("pareto.json", ParetoResult.from_json),
+        "damage": ("damage.json", DamageResult.from_json),
     }
     found: dict[str, Any] = {"stats": NeuronStatistics.load(folder.path)}
     for key, (name, build) in builders.items():
@@ -91,20 +94,58 @@ def means_of(folder: RunFolder, removed: AblationResult) -> Float[Tensor, "layer
     raise RunFolderError(f"{folder.path} has means of other text than ablation.json was made with; run `ablate` again")
 
 
-def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:
+def render(
+    path: str | Path, found: Mapping[str, Any] | None = None, *, neurons: Iterable[tuple[int, int]] = ()
+) -> Report:
     """Write `report.html` of a run folder from what it holds; no model is loaded.
 
     Args:
         path: The run folder.
         found: What `load_run` returned, if it was called already.
+        neurons: (layer, neuron) whose examples must be on the page.
 
     Raises:
+        ValueError: If one of `neurons` does not exist.
         RunFolderError: If there is nothing to render, files do not fit together, or the page cannot be written.
     """
     found = load_run(path) if found is None else found
+    places = list(neurons)
+    flat_indices(found["stats"], places)
     mend = "if a file in it was edited, delete that file and run its step again"
     with blaming(Path(path), "cannot be rendered", mend):
-        parts = {"passage": found["passage"], "pareto": found.get("pareto")}
-        page = report(found["stats"], found["result"], found["removed"], **parts)
+        parts = {name: found.get(name) for name in ("passage", "pareto", "damage")}
+        page = report(found["stats"], found["result"], found["removed"], neurons=places, **parts)
         page.save(Path(path) / "report.html")
     return page
+
+
+def render_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one page with several run folders side by side; no model is loaded.
+
+    Args:
+        folders: Run folders, 2 to 8.
+        out: The page, or a folder for it (`compare.html` in it).
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: If a folder is named twice, or the runs answer different questions.
+        RunFolderError: If one is no run folder, or lacks the statistics, or the page cannot be written.
+    """
+    paths = [Path(folder) for folder in folders]
+    places = [path.resolve() for path in paths]
+    for at, place in enumerate(places):
+        if place in places[:at]:
+            raise ValueError(f"{paths[at]} is named twice; name every run folder once")
+    if len(paths) < 2:
+        raise ValueError("--compare takes two or more run folders: report --compare RUN1 RUN2")
+    target = Path(out)
+    target = target / "compare.html" if target.is_dir() else target
+    if not target.parent.is_dir():
+        raise RunFolderError(f"the folder of {target} does not exist; make it first")
+    short = [path.resolve().name for path in paths]
+    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
+    page = compare({name: load_run(path) for name, path in zip(names, paths, strict=True)})
+    page.save(target)
+    return target

@@ -21,6 +21,7 @@ __all__ = ["given", "keep_freed_memory", "one_flag_a_text", "one_line_errors", "
 DEBUG = "NEURON_SPARSITY_DEBUG"
 _MAX_CHARACTERS = 600
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
+_MANY = ("--text", "--calibration", "--rules", "--compare", "--neurons")
 _QUIET = {
     "DATASETS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -123,13 +124,13 @@ def keep_freed_memory() -> None:
 def one_flag_a_text(arguments: list[str]) -> list[str]:
     """Let one `--text` take all that follows up to the next option: `--text a b` becomes `--text a --text b`.
 
-    So do `--calibration` and `--rules`.
+    So do `--calibration`, `--rules`, `--compare` and `--neurons`.
     """
     expanded: list[str] = []
     flag, texts = "", 0
     for argument in arguments:
         if argument.startswith("-"):
-            flag, texts = (argument if argument in ("--text", "--calibration", "--rules") else ""), 0
+            flag, texts = (argument if argument in _MANY else ""), 0
         elif flag:
             expanded += [flag] if texts else []
             texts += 1

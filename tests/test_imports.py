@@ -87,6 +87,7 @@ ROOMS = [
     "console",
     "atlas_commands",
     "effect_commands",
+    "report_commands",
     "cli",
     "__main__",
 ]

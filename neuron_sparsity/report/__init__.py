@@ -6,18 +6,21 @@ made from results alone and never needs the model.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
+from neuron_sparsity.report._compare import compare
 from neuron_sparsity.report._pareto import save_pareto_figure
 from neuron_sparsity.report.page import Report, build
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
+    from neuron_sparsity.damage import DamageResult
     from neuron_sparsity.pareto import ParetoResult
     from neuron_sparsity.recorder import NeuronStatistics
     from neuron_sparsity.sparsity import SparsityResult, TokenActivity
 
-__all__ = ["Report", "report", "save_pareto_figure"]
+__all__ = ["Report", "compare", "report", "save_pareto_figure"]
 
 
 def report(
@@ -27,6 +30,9 @@ def report(
     *,
     passage: TokenActivity | None = None,
     pareto: ParetoResult | None = None,
+    damage: DamageResult | None = None,
+    atlas: Any = None,
+    neurons: Iterable[tuple[int, int]] = (),
     title: str | None = None,
 ) -> Report:
     """Return one page that shows a run; it opens offline and sends no request.
@@ -37,12 +43,18 @@ def report(
         removed: The removable set; without it, its section says how to get it.
         passage: Activation ratio of a passage, layer by token.
         pareto: Perplexity against activation ratio under every rule; shown where it was measured.
+        damage: What a change does to single tokens and in which layers; shown where it was measured.
+        atlas: An Atlas, or a DataFrame with its columns, one row a neuron: kinds, triggers and logit effects appear in
+            the table of neurons. Missing columns are not shown.
+        neurons: (layer, neuron) whose examples must be on the page; a page has room for those of a part of them only.
         title: Title of the page; by default it names the model.
 
     Returns:
         The page: `.save("report.html")` writes it, a notebook shows it. The same input gives the same bytes.
 
     Raises:
-        ValueError: If the parts come from different models, or disagree in shape.
+        ValueError: If the parts come from different models, or disagree in shape; if one of `neurons` does not exist.
     """
-    return build(stats, result, removed, passage=passage, pareto=pareto, title=title)
+    return build(
+        stats, result, removed, passage=passage, pareto=pareto, damage=damage, atlas=atlas, neurons=neurons, title=title
+    )

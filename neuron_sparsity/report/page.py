@@ -1,7 +1,7 @@
 """Fragments -> one file that opens offline.
 
 The page carries its style sheet, its pictures and the CircuitsVis bundle, once. Its content security policy forbids
-every request and every script but the two it was built with, named by their SHA-256: even markup that slipped through
+every request and every script but those it was built with, named by their SHA-256: even markup that slipped through
 escaping could neither run nor call home.
 """
 
@@ -11,7 +11,7 @@ import base64
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -27,6 +27,7 @@ from neuron_sparsity.report._text import join, visible
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
+    from neuron_sparsity.damage import DamageResult
     from neuron_sparsity.pareto import ParetoResult
     from neuron_sparsity.recorder import NeuronStatistics
     from neuron_sparsity.sparsity import SparsityResult, TokenActivity
@@ -104,18 +105,22 @@ def build(
     *,
     passage: TokenActivity | None = None,
     pareto: ParetoResult | None = None,
+    damage: DamageResult | None = None,
+    atlas: Any = None,
+    neurons: Iterable[tuple[int, int]] = (),
     title: str | None = None,
 ) -> Report:
     """Return the report of a run; see `neuron_sparsity.report.report`."""
-    _require_one_model(stats, result, removed, pareto)
+    _require_one_model(stats, result, removed, pareto, damage)
     name = visible(title if title is not None else f"MLP neurons of {stats.model.name}")
     sections = [
         _summary(stats, result, removed),
         _how_sparse(result),
         _where(result, passage, layer_labels(stats)),
         *_by_rule(pareto),
-        _which(stats, result),
+        _which(stats, result, views.neuron_table(stats, result, removed, atlas=atlas, neurons=neurons)),
         _what_can_go(stats, removed),
+        *_at_what_cost(damage),
         _how_measured(stats, result, removed),
     ]
     return Report(html=render(sections, title=name), title=name)
@@ -176,10 +181,10 @@ def _by_rule(pareto: ParetoResult | None) -> list[Section]:
     return [Section("rules", "By which rule?", lead, (views.pareto_curves(pareto), views.pareto_table(pareto)))]
 
 
-def _which(stats: NeuronStatistics, result: SparsityResult | None) -> Section:
-    lead = "Every neuron by how often it is active, and what drives the strongest and the weakest."
-    views_of: tuple[Callable[..., str], ...] = (views.neuron_map, views.class_counts, views.neuron_examples)
-    return Section("which", "Which neurons?", lead, tuple(view(stats, result) for view in views_of))
+def _which(stats: NeuronStatistics, result: SparsityResult | None, table: str) -> Section:
+    lead = "Every neuron: how often it is active, how much it contributes, and what drives it. A row opens its neuron."
+    first, *after = (view(stats, result) for view in (views.neuron_map, views.class_counts, views.neuron_examples))
+    return Section("which", "Which neurons?", lead, (first, table, *after))
 
 
 def _what_can_go(stats: NeuronStatistics, removed: AblationResult | None) -> Section:
@@ -188,6 +193,14 @@ def _what_can_go(stats: NeuronStatistics, removed: AblationResult | None) -> Sec
         return Section("removable", "What can go?", lead, (note(_NO_REMOVAL),))
     parts = (views.removal_verdict(removed), views.removal_curve(removed), views.removable_layers(stats, removed))
     return Section("removable", "What can go?", lead, parts)
+
+
+def _at_what_cost(damage: DamageResult | None) -> list[Section]:
+    """Only where it was measured: it costs a pass a layer."""
+    if damage is None:
+        return []
+    lead = f"Which tokens pay, and in which layers: {visible(damage.change)}."
+    return [Section("damage", "At what cost?", lead, (views.damage(damage),))]
 
 
 def _how_measured(stats: NeuronStatistics, result: SparsityResult | None, removed: AblationResult | None) -> Section:
@@ -205,6 +218,7 @@ def render(sections: list[Section], *, title: str) -> str:
         title: Title of the page.
     """
     bundle, boot = views.scripts()
+    table = (_ASSETS / "neurons.js").read_text(encoding="utf-8").strip()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -213,6 +227,7 @@ def render(sections: list[Section], *, title: str) -> str:
     page = environment.get_template("page.html.j2")
     uses_widgets = any("data-widget=" in body for _, body in bodies)
     used = [bundle, boot] if uses_widgets else [boot]
+    used += [table] if any("data-neurons" in body for _, body in bodies) else []
     return page.render(
         title=title,
         sections=bodies,

@@ -32,6 +32,7 @@ from neuron_sparsity.report._curves import (
 from neuron_sparsity.report._damage import damage
 from neuron_sparsity.report._fragments import figure, heat, note, token_text, widget
 from neuron_sparsity.report._measured import definitions, measured
+from neuron_sparsity.report._neuron_table import neuron_table
 from neuron_sparsity.report._neurons import class_counts, neuron_map
 from neuron_sparsity.report._pareto import pareto_curves, pareto_table
 from neuron_sparsity.report._summary import headline, summary
@@ -55,6 +56,7 @@ __all__ = [
     "measured",
     "neuron_examples",
     "neuron_map",
+    "neuron_table",
     "pareto_curves",
     "pareto_table",
     "passage_map",
@@ -85,7 +87,10 @@ def scripts() -> tuple[str, str]:
 def with_assets(fragment: str) -> str:
     """Return `fragment` with the style sheet and scripts before and after it, to show one view in a notebook."""
     style = (_ASSETS / "style.css").read_text(encoding="utf-8")
-    after = "".join(f"<script>{source}</script>" for source in scripts())
+    sources = list(scripts())
+    if "data-neurons" in fragment:
+        sources.append((_ASSETS / "neurons.js").read_text(encoding="utf-8").strip())
+    after = "".join(f"<script>{source}</script>" for source in sources)
     return f'<style>{style}</style><div class="fragment">{fragment}</div>{after}'
 
 

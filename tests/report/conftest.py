@@ -114,6 +114,8 @@ def make_run(
         n_tokens=n_tokens,
         zero_count=torch.from_numpy(zero.astype(np.int64)),
         contribution_sum=torch.from_numpy(total),
+        contribution_sq_sum=torch.from_numpy(total**2 / n_tokens),
+        histogram=torch.from_numpy(histograms(zero, n_tokens, random)),
         contribution_max=torch.from_numpy(value[:, :, 0].astype(np.float32)),
         thresholds=torch.from_numpy(thresholds),
         above_count=torch.from_numpy(above.astype(np.int64))[:, :, None],
@@ -139,6 +141,15 @@ def make_run(
         corpus=text,
     )
     return Run(stats, result, removed, passage)
+
+
+def histograms(zero: np.ndarray, n_tokens: int, random: np.random.Generator) -> np.ndarray:
+    """Counts [layer, neuron, 64]: exact zeros in bin 0, the rest as a hump of its own place for every neuron."""
+    centre = random.uniform(25, 45, zero.shape)[..., None]
+    hump = np.exp(-0.5 * ((np.arange(64) - centre) / 4.0) ** 2)
+    counts = np.floor(hump / hump.sum(axis=2, keepdims=True) * (n_tokens - zero)[..., None]).astype(np.int64)
+    counts[..., 0] += n_tokens - counts.sum(axis=2)
+    return counts
 
 
 def make_result(info: Any, text: dict[str, Any], thresholds: np.ndarray, ratio: np.ndarray) -> SimpleNamespace:
@@ -255,3 +266,35 @@ def run() -> Run:
 def full_run() -> Run:
     """SmolLM2-135M's shape: 30 layers of 1,536 neurons."""
     return make_run(30, 1536, n_passage=256)
+
+
+def make_atlas(stats: Any, n_texts: int | None = None) -> Any:
+    """A table of one row a neuron with the columns of an Atlas; with `n_texts`, neurons share that many lists."""
+    import pandas as pd
+
+    n_layers, width = stats.zero_count.shape
+    n, random = n_layers * width, np.random.default_rng(1)
+    texts = n_texts or n
+
+    def lists(word: str, length: int) -> list[list[str]]:
+        made = [[f" {word}{i}.{k}" for k in range(length)] for i in range(texts)]
+        return [made[i % texts] for i in range(n)]
+
+    roles = np.array(["none", "prediction", "suppression", "partition"])
+    return pd.DataFrame(
+        {
+            "layer": np.repeat(np.arange(n_layers), width),
+            "neuron": np.tile(np.arange(width), n_layers),
+            "n_triggers": random.integers(0, 6, n),
+            "triggers": lists("trigger ", 2),
+            "is_token_detector": random.random(n) < 0.1,
+            "ngram": random.integers(0, 4, n),
+            "position_information_bits": random.random(n) / 5,
+            "is_positional": random.random(n) < 0.2,
+            "top_logit_tokens": lists("up", 10),
+            "bottom_logit_tokens": lists("down", 10),
+            "logit_skew": random.normal(0, 2, n),
+            "logit_kurtosis": random.normal(3, 5, n),
+            "logit_role": roles[random.integers(0, 4, n)],
+        }
+    )
