@@ -136,14 +136,14 @@ def heat_map(
 
 
 def classes(
-    frequency: NDArray[np.float64], *, layers: Sequence[int], dead: float, title: str, measured: str
+    frequency: NDArray[np.float64], dead: NDArray[np.bool_], *, layers: Sequence[int], title: str, measured: str
 ) -> PaperFigure:
     """Return activation frequency [layer, rank], rarest first within each layer, dead neurons in the warning colour."""
-    ranked = np.sort(frequency, axis=1)
+    order = np.argsort(frequency, axis=1, kind="stable")
     with _drawing(title, measured, (7.2, float(np.clip(1.4 + 0.12 * len(layers), 2.2, 9.0)))) as (drawing, axes):
         colours = _cividis()
         colours.set_bad(NEVER_COLOUR)
-        shown = np.ma.masked_array(ranked, ranked < dead)
+        shown = np.ma.masked_array(*(np.take_along_axis(part, order, axis=1) for part in (frequency, dead)))
         picture = axes.imshow(shown, aspect="auto", interpolation="nearest", vmin=0.0, vmax=1.0, cmap=colours)
         step = -(-len(layers) // 40)
         axes.yaxis.set_ticks(range(0, len(layers), step), labels=[str(layer) for layer in layers[::step]])

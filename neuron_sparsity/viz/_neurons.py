@@ -11,6 +11,7 @@ from neuron_sparsity.report import _classes as activities
 from neuron_sparsity.report import views
 from neuron_sparsity.report._classes import DEAD, layer_labels
 from neuron_sparsity.report._histogram import bins_of, values_histogram
+from neuron_sparsity.report._neurons import frequency_map
 from neuron_sparsity.report._text import count, percent_of, target, visible
 from neuron_sparsity.viz._checks import finite, matrix, row_of
 from neuron_sparsity.viz._display import View
@@ -23,20 +24,27 @@ if TYPE_CHECKING:
 __all__ = ["histogram", "layer_map"]
 
 
-def layer_map(stats: NeuronStatistics, result: SparsityResult | None = None) -> View:
+def layer_map(stats: NeuronStatistics | Any, result: SparsityResult | None = None, *, measured: str = "") -> View:
     """Return every neuron by activation frequency, layers by neurons, dead ones in a colour of their own.
 
     Args:
-        stats: The run.
+        stats: The run; or an atlas of it, or a table with an atlas' columns layer, neuron, class and
+            activation_frequency.
         result: Gives the thresholds that "active" refers to; else the first recorded ones, else "not exactly zero".
+        measured: On what a table was measured, which it does not know itself.
 
     Returns:
-        View: two maps with a read-out (sorted within layers, and in index order), and the classes of each layer; as a
-        figure, the sorted map.
+        View: two maps with a read-out (sorted within layers, and in index order), and, for a run, the classes of each
+        layer; as a figure, the sorted map.
 
     Raises:
-        ValueError: If a frequency is NaN, or statistics and model disagree in shape.
+        TypeError: If a result comes with an atlas, which has its own definition of active.
+        ValueError: If a frequency is NaN, statistics and model disagree in shape, or rows of a table are missing.
     """
+    if not hasattr(stats, "zero_count"):
+        if result is not None:
+            raise TypeError("an atlas has a definition of active of its own; give no result with it")
+        return _of_atlas(stats, measured)
     active = activities.activity(stats, result)
     frequency = matrix(active.frequency, "activation frequency", ("layer", "neuron"))
     layers = layer_labels(stats)
@@ -50,9 +58,38 @@ def layer_map(stats: NeuronStatistics, result: SparsityResult | None = None) -> 
     measured = on(stats.model, stats.corpus, f"{definition}; N = {count(stats.n_tokens)}")
 
     def draw() -> Any:
-        return figures().classes(frequency, layers=layers, dead=DEAD, title=title, measured=measured)
+        return figures().classes(frequency, frequency < DEAD, layers=layers, title=title, measured=measured)
 
     return View(title, measured, views.neuron_map(stats, result) + views.class_counts(stats, result), draw)
+
+
+def _of_atlas(source: Any, measured: str) -> View:
+    table = getattr(source, "table", source)
+    missing = [name for name in ("layer", "neuron", "class", "activation_frequency") if name not in table]
+    if missing:
+        raise ValueError(f"the table has no column {missing[0]!r}; ns.atlas(stats).table has it")
+    ordered = table.sort_values(["layer", "neuron"])
+    layers = [int(layer) for layer in ordered["layer"].unique()]
+    width = int(ordered["neuron"].max()) + 1
+    if not np.array_equal(ordered["neuron"], np.tile(np.arange(width), len(layers))):
+        raise ValueError(f"the table has {len(table):,} rows, not one for each of {len(layers)} x {width:,} neurons")
+    shape = (len(layers), width)
+    frequency = np.asarray(ordered["activation_frequency"], dtype=np.float64).reshape(shape)
+    finite(frequency, "activation_frequency", [f"layer {k}" for k in layers], [f"neuron {k}" for k in range(width)])
+    dead = np.asarray(ordered["class"] == "dead").reshape(shape)
+    title = f"{count(frequency.size)} neurons by activation frequency"
+    said = getattr(source, "definitions", {"active": "as the table's column says"})
+    if hasattr(source, "corpus"):
+        words = f"active: {said['active']}; {said['classes']}: {count(dead.sum())} dead; N = {count(source.n_tokens)}"
+        measured = on(source.model, source.corpus, words)
+    body = frequency_map(
+        frequency, dead, layers, active=said["active"], mark="dead", n_tokens=getattr(source, "n_tokens", None)
+    )
+
+    def draw() -> Any:
+        return figures().classes(frequency, dead, layers=layers, title=title, measured=measured)
+
+    return View(title, measured, body, draw)
 
 
 def histogram(

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from neuron_sparsity.passage import NeuronActivations
 from neuron_sparsity.report import _classes as activities
 from neuron_sparsity.report import views
-from neuron_sparsity.report._fragments import figure, folded, shaded_text, table, widget
+from neuron_sparsity.report._fragments import figure, folded, pairs, shaded_text, table, widget
 from neuron_sparsity.report._text import count, join, number, visible, visible_token
 from neuron_sparsity.statistics import CONTEXT_BEFORE
 from neuron_sparsity.viz._checks import finite, fits, matrix, row_of, same_length
@@ -36,6 +36,7 @@ def text(
     activations: ArrayLike | None = None,
     *,
     labels: Sequence[str] | None = None,
+    first: int = 0,
     quantity: str = "post-activation z",
     measured: str = "",
 ) -> View:
@@ -45,6 +46,8 @@ def text(
         passage: What `neuron_activations` returned; or the tokens as strings, with the three arguments below.
         activations: [token, neuron], for tokens of your own.
         labels: What each neuron is called; by default 0, 1, ...
+        first: First token that is shown: 1 leaves out position 0, an attention sink in most models, whose values would
+            make all others pale.
         quantity: What the values are, with their unit.
         measured: On what they were measured: model, corpus, tokens.
 
@@ -79,9 +82,12 @@ def text(
     same_length(tokens, values.shape[0], "tokens", "row of activations")
     names = [str(label) for label in labels] if labels is not None else [str(k) for k in range(values.shape[1])]
     same_length(names, values.shape[1], "labels", "neuron")
+    if not 0 <= first < len(tokens):
+        raise ValueError(f"first must be between 0 and {len(tokens) - 1}, the last token, got {first}")
+    tokens, values = tokens[first:], values[first:]
     each = values.shape[0] * _BYTES_PER_VALUE + _BYTES_PER_LABEL
     fits(values.shape[1], each, "neurons", mend=f"choose fewer of them, or a shorter passage than {len(tokens):,}")
-    finite(values, "activations", [f"token {place}" for place in range(len(tokens))], names)
+    finite(values, "activations", [f"token {first + place}" for place in range(len(tokens))], names)
     title = f"{count(len(names))} neurons over {count(len(tokens))} tokens"
 
     def draw() -> Any:
@@ -115,6 +121,7 @@ def examples(
     neurons: tuple[int, int] | Sequence[tuple[int, int]],
     result: SparsityResult | None = None,
     *,
+    atlas: Any = None,
     n_examples: int = 5,
 ) -> View:
     """Return the tokens that drive chosen neurons most, each with its context.
@@ -123,6 +130,7 @@ def examples(
         stats: The run.
         neurons: One (layer, neuron) or several; layer is the block's index.
         result: Gives the threshold that "active" refers to.
+        atlas: An atlas of the run, or its table: what it says of each neuron stands above its examples.
         n_examples: How many of each neuron; the recording keeps a few.
 
     Returns:
@@ -140,18 +148,21 @@ def examples(
     first = views.neuron_card(stats, *rows[0], result, n_examples=n_examples)
     fits(len(rows), len(first.encode()), "neurons", mend="choose fewer of them, or fewer examples")
     found = [_examples_of(stats, row, neuron, n_examples) for row, neuron in rows]
+    about = [_about(atlas, layer, neuron) for layer, neuron in chosen]
     cards = [first, *(views.neuron_card(stats, *row, result, n_examples=n_examples) for row in rows[1:])]
     named = ", ".join(f"L{layer} N{neuron}" for layer, neuron in chosen[:4]) + (", …" if len(chosen) > 4 else "")
     title = f"What drives {named}"
     definition = f"active: {activities.activity(stats, result).definition}"
     measured = on(stats.model, stats.corpus, definition)
     caption = "The marked token is the one measured; the tokens around it are context and carry no value."
-    body = Markup('<div class="neurons">{}</div>').format(join(Markup(card) for card in cards))
+    body = Markup('<div class="neurons">{}</div>').format(
+        join(Markup("<div>{}{}</div>").format(Markup(card), said) for card, said in zip(cards, about, strict=True))
+    )
     one_name = len(chosen) == 1
     bars = [
         (value, words if one_name else f"L{layer} N{neuron}: {words}")
-        for (layer, neuron), pairs in zip(chosen, found, strict=True)
-        for value, words in pairs
+        for (layer, neuron), shown in zip(chosen, found, strict=True)
+        for value, words in shown
     ]
 
     def draw() -> Any:
@@ -162,6 +173,29 @@ def examples(
         return figures().bars(values, names, title=title, measured=measured, **axis)
 
     return View(title, measured, figure(title, body, caption, wide=True), draw)
+
+
+def _about(atlas: Any, layer: int, neuron: int) -> Markup:
+    """Return what an atlas says of one neuron; columns that were not measured are not there."""
+    if atlas is None:
+        return Markup("")
+    frame = getattr(atlas, "table", atlas)
+    rows = frame[(frame["layer"] == layer) & (frame["neuron"] == neuron)]
+    if len(rows) != 1:
+        raise ValueError(f"the atlas has {len(rows)} rows for neuron ({layer}, {neuron}); is it of another model?")
+    row = rows.iloc[0]
+    kinds = [str(row["class"]).replace("_", " ")]
+    kinds += ["token detector"] if row.get("is_token_detector") else []
+    kinds += ["positional"] if row.get("is_positional") else []
+    kinds += [f"{row['logit_role']} neuron"] if row.get("logit_role", "none") != "none" else []
+    said = [("kind", ", ".join(kinds))]
+    columns = (("triggers", "fires on"), ("top_logit_tokens", "raises"), ("bottom_logit_tokens", "lowers"))
+    said += [
+        (name, "  ".join(visible_token(word) for word in row[column]))
+        for column, name in columns
+        if len(row.get(column, ()))
+    ]
+    return pairs(said)
 
 
 def _examples_of(stats: NeuronStatistics, row: int, neuron: int, most: int) -> list[tuple[float, str]]:

@@ -202,6 +202,15 @@ def test_text_shows_every_value(results: Results) -> None:
     assert view.fragment.count("background:rgba(") == 6, "what stands where no script runs is coloured too"
 
 
+def test_text_leaves_out_what_is_before_the_first(results: Results) -> None:
+    view = viz.text(results.activations, first=1)
+    (props,) = Document(view.fragment).data
+    assert np.allclose(props["values"], results.activations.activation[1:], rtol=1e-3)
+    assert len(props["tokens"]) == 5
+    with pytest.raises(ValueError, match="first must be between 0 and 5, the last token, got 6"):
+        viz.text(results.activations, first=6)
+
+
 def test_text_takes_values_of_your_own() -> None:
     view = viz.text(["a", " b"], torch.tensor([[1.0], [-2.0]], dtype=torch.bfloat16), measured="my model")
     (props,) = Document(view.fragment).data
@@ -588,3 +597,57 @@ def test_without_matplotlib_a_view_is_shown_and_its_figure_says_what_to_install(
 
 def test_a_figure_is_shown_without_pyplot(results: Results) -> None:
     assert viz.cett_curves(results.run.result).figure()._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def atlas(results: Results) -> SimpleNamespace:
+    """An atlas of the run, with every column that an atlas has of single neurons."""
+    pandas = pytest.importorskip("pandas")
+    stats = results.run.stats
+    frequency = stats.above_count[:, :, 0].numpy() / stats.n_tokens
+    layer, neuron = np.meshgrid(range(4), range(48), indexing="ij")
+    table = pandas.DataFrame(
+        {
+            "layer": layer.ravel(),
+            "neuron": neuron.ravel(),
+            "class": np.where(frequency < 0.001, "dead", "alive").ravel(),
+            "activation_frequency": frequency.ravel(),
+            "is_token_detector": True,
+            "triggers": [["peace", HOSTILE]] * 192,
+            "top_logit_tokens": [[" war"]] * 192,
+            "bottom_logit_tokens": [[]] * 192,
+            "logit_role": "suppression",
+        }
+    )
+    definitions = {"active": "contribution >= the threshold", "classes": "dead: under 0.1 % of tokens"}
+    return SimpleNamespace(
+        table=table, model=stats.model, corpus=stats.corpus, n_tokens=stats.n_tokens, definitions=definitions
+    )
+
+
+def test_layer_map_of_an_atlas_is_that_of_its_run(results: Results, atlas: SimpleNamespace) -> None:
+    view, of_run = viz.layer_map(atlas), viz.layer_map(results.run.stats, results.run.result)
+    ours, theirs = Document(view.fragment).data, Document(of_run.fragment).data
+    assert ours == theirs
+    assert "active: contribution >= the threshold; dead: under 0.1 % of tokens: 9 dead; N = 16,384" in view.measured
+    pictures = [shown.figure().axes[0].images[0].get_array() for shown in (view, of_run)]
+    assert np.array_equal(pictures[0].mask, pictures[1].mask)
+    assert viz.layer_map(atlas.table.sample(frac=1, random_state=0), measured="elsewhere").measured == "elsewhere"
+    with pytest.raises(TypeError, match="a definition of active of its own"):
+        viz.layer_map(atlas, results.run.result)
+    with pytest.raises(ValueError, match="has 191 rows, not one for each of 4 x 48 neurons"):
+        viz.layer_map(atlas.table.iloc[:-1])
+    with pytest.raises(ValueError, match="has no column 'class'"):
+        viz.layer_map(atlas.table.drop(columns="class"))
+
+
+def test_examples_say_what_an_atlas_knows(results: Results, atlas: SimpleNamespace) -> None:
+    found = Document(viz.examples(results.run.stats, NEURON, atlas=atlas).fragment)
+    assert "kind alive, token detector, suppression neuron fires on peace " in " ".join(found.said).replace("  ", " ")
+    assert "·war" in found.text
+    assert "lowers" not in found.text, "what is empty is not shown"
+    assert "img" not in found.tags
+    bare = atlas.table[["layer", "neuron", "class", "activation_frequency"]]
+    assert "fires on" not in Document(viz.examples(results.run.stats, NEURON, atlas=bare).fragment).text
+    with pytest.raises(ValueError, match=r"0 rows for neuron \(1, 7\); is it of another model"):
+        viz.examples(results.run.stats, NEURON, atlas=bare[bare["layer"] == 0])
