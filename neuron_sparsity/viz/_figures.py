@@ -22,6 +22,7 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, NullFormatter
 from numpy.typing import NDArray
 
@@ -42,6 +43,7 @@ _STYLE = {
 }
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 _MOST_TICKS = 64  # tokens whose names fit under a map
+_TOKEN, _ROW, _LINE = 14, 24, 84  # characters that fit beside an axis: of a token, of a row's name, of an example
 
 
 class PaperFigure(Figure):
@@ -85,9 +87,10 @@ def _drawn(character: str) -> str:
     return character if font.get_char_index(ord(character)) else f"[U+{ord(character):04X}]"
 
 
-def text(said: object, *, token: bool = False) -> str:
-    """Return text from data as the font can draw it; as a token, with its spaces visible."""
-    return "".join(_drawn(character) for character in (visible_token(said) if token else visible(said)))
+def text(said: object, *, most: int | None = None) -> str:
+    """Return text from data as the font can draw it, no longer than `most` characters."""
+    shown = "".join(map(_drawn, visible(said)))
+    return shown if most is None or len(shown) <= most else shown[: most - 1] + "…"
 
 
 def _name(axis: Axis, names: Sequence[str], **look: Any) -> None:
@@ -102,7 +105,7 @@ def _plain_numbers(axis: Axis) -> None:
 
 def _token_axis(axes: Axes, tokens: Sequence[str]) -> None:
     if len(tokens) <= _MOST_TICKS:
-        _name(axes.xaxis, [text(token, token=True) for token in tokens], rotation=90, fontsize=6)
+        _name(axes.xaxis, [text(visible_token(token), most=_TOKEN) for token in tokens], rotation=90, fontsize=6)
     axes.set_xlabel("token")
 
 
@@ -128,7 +131,7 @@ def heat_map(
         limits = {"vmin": -bound, "vmax": bound, "cmap": "RdBu"} if signed else {"cmap": _cividis()}
         picture = axes.imshow(values, aspect="auto", interpolation="nearest", **limits)
         step = -(-len(rows) // 40)
-        axes.yaxis.set_ticks(range(0, len(rows), step), labels=[text(row) for row in rows[::step]])
+        axes.yaxis.set_ticks(range(0, len(rows), step), labels=[text(row, most=_ROW) for row in rows[::step]])
         axes.set_ylabel(row_axis)
         _token_axis(axes, tokens)
         drawing.colorbar(picture, ax=axes, label=quantity, pad=0.01)
@@ -141,8 +144,7 @@ def classes(
     """Return activation frequency [layer, rank], rarest first within each layer, dead neurons in the warning colour."""
     order = np.argsort(frequency, axis=1, kind="stable")
     with _drawing(title, measured, (7.2, float(np.clip(1.4 + 0.12 * len(layers), 2.2, 9.0)))) as (drawing, axes):
-        colours = _cividis()
-        colours.set_bad(NEVER_COLOUR)
+        colours = _cividis().with_extremes(bad=NEVER_COLOUR)
         shown = np.ma.masked_array(*(np.take_along_axis(part, order, axis=1) for part in (frequency, dead)))
         picture = axes.imshow(shown, aspect="auto", interpolation="nearest", vmin=0.0, vmax=1.0, cmap=colours)
         step = -(-len(layers) // 40)
@@ -158,7 +160,7 @@ def bars(
     """Return horizontal bars, the first on top."""
     with _drawing(title, measured, (7.2, 1.1 + 0.24 * len(values))) as (drawing, axes):
         axes.barh(range(len(values)), values, color=COLOURS[0], height=0.7)
-        _name(axes.yaxis, [text(name) for name in names], fontsize=7)
+        _name(axes.yaxis, [text(name, most=_LINE) for name in names], fontsize=7)
         axes.invert_yaxis()
         axes.set(xlabel=quantity, ylabel=axis)
     return drawing
@@ -284,4 +286,6 @@ def pareto(result: Any) -> PaperFigure:
         drawing = PaperFigure(figsize=(7.2, 4.8), layout="constrained")
         FigureCanvasAgg(drawing)
         draw_pareto(result, drawing)
+        for part in drawing.findobj(Text):
+            part.set_text(text(part.get_text()))
     return drawing

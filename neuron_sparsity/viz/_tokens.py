@@ -15,7 +15,7 @@ from neuron_sparsity.report import views
 from neuron_sparsity.report._fragments import figure, folded, pairs, shaded_text, table, widget
 from neuron_sparsity.report._text import count, join, number, visible, visible_token
 from neuron_sparsity.statistics import CONTEXT_BEFORE
-from neuron_sparsity.viz._checks import finite, fits, matrix, row_of, same_length
+from neuron_sparsity.viz._checks import MOST_BYTES, finite, fits, matrix, row_of, same_length
 from neuron_sparsity.viz._display import View
 from neuron_sparsity.viz._measured import figures, on
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["examples", "text", "token_activity", "topk"]
 
-_BYTES_PER_VALUE = 9.0  # of a number with four digits and its comma, in JSON
+_BYTES_PER_VALUE = 7.5  # of a number with four digits and its comma, in JSON
 _BYTES_PER_LABEL = 45.0  # a neuron's name and its two bounds
 _BYTES_PER_CELL = 30.0  # of a table: <td>N1234 (0.123)</td>
 
@@ -145,19 +145,20 @@ def examples(
     if not chosen or n_examples < 1:
         raise ValueError(f"choose at least one neuron and one example, got {len(chosen)} and {n_examples}")
     rows = [row_of(stats.model, neuron) for neuron in chosen]
-    first = views.neuron_card(stats, *rows[0], result, n_examples=n_examples)
-    fits(len(rows), len(first.encode()), "neurons", mend="choose fewer of them, or fewer examples")
+    cards, n_bytes = [], 0
+    for (layer, neuron), row in zip(chosen, rows, strict=True):
+        card = Markup(views.neuron_card(stats, *row, result, n_examples=n_examples)) + _about(atlas, layer, neuron)
+        cards.append(Markup("<div>{}</div>").format(card))
+        n_bytes += len(cards[-1].encode())
+        if n_bytes > MOST_BYTES:
+            fits(len(rows), n_bytes / len(cards), "neurons", mend="choose fewer of them, or fewer examples")
     found = [_examples_of(stats, row, neuron, n_examples) for row, neuron in rows]
-    about = [_about(atlas, layer, neuron) for layer, neuron in chosen]
-    cards = [first, *(views.neuron_card(stats, *row, result, n_examples=n_examples) for row in rows[1:])]
     named = ", ".join(f"L{layer} N{neuron}" for layer, neuron in chosen[:4]) + (", …" if len(chosen) > 4 else "")
     title = f"What drives {named}"
     definition = f"active: {activities.activity(stats, result).definition}"
     measured = on(stats.model, stats.corpus, definition)
     caption = "The marked token is the one measured; the tokens around it are context and carry no value."
-    body = Markup('<div class="neurons">{}</div>').format(
-        join(Markup("<div>{}{}</div>").format(Markup(card), said) for card, said in zip(cards, about, strict=True))
-    )
+    body = Markup('<div class="neurons">{}</div>').format(join(cards))
     one_name = len(chosen) == 1
     bars = [
         (value, words if one_name else f"L{layer} N{neuron}: {words}")

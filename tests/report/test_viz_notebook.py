@@ -34,7 +34,8 @@ def visit(html: str, folder: Path) -> tuple[str, list[str], list[str]]:
     page.write_text(html, encoding="utf-8")
     command = [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=4000",
-        "--enable-logging=stderr", "--disable-background-networking", "--disable-component-update",
+        "--enable-logging=stderr", "--enable-unsafe-swiftshader",  # the bundle looks for WebGL, which warns without it
+        "--disable-background-networking", "--disable-component-update",
         f"--log-net-log={net}", f"--user-data-dir={folder / 'profile'}", page.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, timeout=120, check=True)
