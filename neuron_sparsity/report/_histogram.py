@@ -57,10 +57,10 @@ def bins_of(stats: NeuronStatistics, row: int, neuron: int) -> Bins:
 
 def _log_axis(low: float, high: float, label: str) -> Axis:
     start, end = math.log10(low) - 0.05, math.log10(high) + 0.05
-    decades = [10.0**power for power in range(math.ceil(start), math.floor(end) + 1)]
-    return Axis(
-        lambda value: (math.log10(max(value, 1e-300)) - start) / (end - start), decades[:: len(decades) // 7 + 1], label
-    )
+    steps = (1, 2, 5) if end - start < 3 else (1,)
+    powers = range(math.floor(start), math.floor(end) + 1)
+    at = [step * 10.0**power for power in powers for step in steps if start <= math.log10(step) + power <= end]
+    return Axis(lambda value: (math.log10(max(value, 1e-300)) - start) / (end - start), at[:: len(at) // 8 + 1], label)
 
 
 def neuron_histogram(stats: NeuronStatistics, row: int, neuron: int) -> str:

@@ -61,7 +61,9 @@ def removal_curve(removed: AblationResult, *others: AblationResult) -> View:
         unit = max(removed.p_percent, 1e-3)
         return module.curves(lines, title=title, measured=measured, rule=rule, marks=marks, symlog=unit, **axes)
 
-    body = Markup('<div class="grid">{}</div>').format(join(Markup(views.removal_curve(r)) for r in results))
+    body = join(Markup(views.removal_curve(result)) for result in results)
+    if others:
+        body = Markup('<div class="grid">{}</div>').format(body)
     return View(title, measured, body, draw)
 
 
@@ -115,9 +117,7 @@ def pareto(result: ParetoResult) -> View:
             raise ValueError(f"the curve of {label} is NaN at parameter {point.parameter:g}; measure it again")
     title = f"Perplexity against activation ratio under {count(len(result.curves))} rules"
     measured = on(result.model, result.corpus, f"dense perplexity {number(result.ppl_dense, 4)}")
-    body = Markup('<div class="grid">{}{}</div>').format(
-        Markup(views.pareto_curves(result)), Markup(views.pareto_table(result))
-    )
+    body = views.pareto_curves(result) + views.pareto_table(result)
     return View(title, measured, body, lambda: figures().pareto(result))
 
 

@@ -107,8 +107,9 @@ class View:
         return str(shape.format(policy, visible(self.title), Markup(_style()), self._body(), scripts))
 
     def _body(self) -> Markup:
-        shape = Markup('<div class="fragment"><p class="measured">{}</p>{}</div>')
-        return shape.format(visible(self.measured), Markup(self.fragment))
+        layout = "display:grid;grid-template-columns:minmax(0,1fr);gap:.8rem"
+        shape = Markup('<div class="fragment" style="{}"><p class="measured">{}</p>{}</div>')
+        return shape.format(layout, visible(self.measured), Markup(self.fragment))
 
     def _repr_html_(self) -> str:
         """Return the view for a notebook, with what its page does not have yet."""

@@ -23,7 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from neuron_sparsity.report._image import CIVIDIS, NEVER_COLOUR
@@ -33,7 +33,7 @@ from neuron_sparsity.report._text import visible, visible_token
 __all__ = ["Curve", "PaperFigure", "bars", "classes", "curves", "heat_map", "histogram", "pareto", "strips"]
 
 _FONT = "DejaVu Sans"
-_STYLE = {
+_STYLE: Any = {
     "font.family": _FONT,
     "font.size": 8.0,
     "text.parse_math": False,
@@ -77,7 +77,7 @@ def _drawing(title: str, measured: str, size: tuple[float, float]) -> Iterator[t
 
 
 def _title(drawing: PaperFigure, title: str, measured: str, width: float) -> None:
-    lines = [text(title), *textwrap.wrap(text(measured), int(width * 16))]
+    lines = [text(title), *textwrap.wrap(text(measured), int(width * 14))]
     drawing.suptitle("\n".join(lines), fontsize=8.5, x=0.01, ha="left")
 
 
@@ -125,7 +125,7 @@ def heat_map(
     signed: bool = False,
 ) -> PaperFigure:
     """Return values [row, token] as colours; signed ones around white, in two colours that everybody tells apart."""
-    size = (7.2, float(np.clip(1.6 + 0.16 * len(rows), 2.2, 9.0)))
+    size = (7.2, float(np.clip(2.0 + 0.16 * len(rows), 2.7, 9.0)))
     with _drawing(title, measured, size) as (drawing, axes):
         bound = float(np.abs(values).max()) or 1.0
         limits = {"vmin": -bound, "vmax": bound, "cmap": "RdBu"} if signed else {"cmap": _cividis()}
@@ -143,9 +143,10 @@ def classes(
 ) -> PaperFigure:
     """Return activation frequency [layer, rank], rarest first within each layer, dead neurons in the warning colour."""
     order = np.argsort(frequency, axis=1, kind="stable")
-    with _drawing(title, measured, (7.2, float(np.clip(1.4 + 0.12 * len(layers), 2.2, 9.0)))) as (drawing, axes):
+    with _drawing(title, measured, (7.2, float(np.clip(1.6 + 0.12 * len(layers), 2.6, 9.0)))) as (drawing, axes):
         colours = _cividis().with_extremes(bad=NEVER_COLOUR)
-        shown = np.ma.masked_array(*(np.take_along_axis(part, order, axis=1) for part in (frequency, dead)))
+        ranked, marked = np.take_along_axis(frequency, order, axis=1), np.take_along_axis(dead, order, axis=1)
+        shown = np.ma.masked_array(ranked, marked)
         picture = axes.imshow(shown, aspect="auto", interpolation="nearest", vmin=0.0, vmax=1.0, cmap=colours)
         step = -(-len(layers) // 40)
         axes.yaxis.set_ticks(range(0, len(layers), step), labels=[str(layer) for layer in layers[::step]])
@@ -176,7 +177,7 @@ def strips(
 ) -> PaperFigure:
     """Return panels of [rank, token]: colour is the value, the number in a cell is the neuron."""
     rows = sum(values.shape[0] for _, values, _ in parts)
-    size = (float(np.clip(1.6 + 0.36 * len(tokens), 5.0, 18.0)), 1.7 + 0.24 * rows)
+    size = (float(np.clip(1.6 + 0.36 * len(tokens), 5.0, 18.0)), 1.7 + 0.24 * rows + 0.2 * len(parts))
     with mpl.rc_context(_STYLE):
         drawing = PaperFigure(figsize=size, layout="constrained")
         FigureCanvasAgg(drawing)
@@ -191,7 +192,8 @@ def strips(
                     color="black" if bright else "white",
                 )  # fmt: skip
             _name(axes.yaxis, [str(rank + 1) for rank in range(values.shape[0])])
-            axes.set_ylabel(f"{name}, by rank")
+            axes.set_ylabel("rank")
+            axes.set_title(name, fontsize=8, loc="left", pad=3)
             drawing.colorbar(picture, ax=axes, label=quantity, pad=0.01)
         _token_axis(panels[-1], tokens)
         _title(drawing, title, measured, size[0])
@@ -235,11 +237,13 @@ def curves(
             axes.axhline(rule[0], color="0.45", linewidth=0.9, linestyle=":", label=text(rule[1]))
         if symlog is not None:
             axes.set_yscale("symlog", linthresh=symlog)
+            lowest = min(0.0, *(height for line in lines for height in line.y), *(mark[1] for mark in marks))
+            axes.set_ylim(bottom=1.1 * lowest - 0.1 * symlog)
         _plain_numbers(axes.yaxis)
         axes.set(xlabel=x, ylabel=y)
         if bar is not None:
             scale = mpl.cm.ScalarMappable(mpl.colors.Normalize(bar[0], bar[1]), _cividis())
-            drawing.colorbar(scale, ax=axes, label=bar[2], pad=0.01)
+            drawing.colorbar(scale, ax=axes, label=bar[2], pad=0.01, ticks=MaxNLocator(8, integer=True))
         if bar is None or rule is not None:
             _key(axes, only_rule=bar is not None)
     return drawing
@@ -275,6 +279,9 @@ def histogram(
         if log:
             axes.set_xscale("log")
             _plain_numbers(axes.xaxis)
+            if high.max() < 1e3 * low.min():  # few decades: name what lies between
+                axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+                axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set(xlabel=text(x), ylabel=text(y))
         _key(axes, only_rule=False)
     return drawing

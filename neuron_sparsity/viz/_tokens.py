@@ -158,7 +158,7 @@ def examples(
     definition = f"active: {activities.activity(stats, result).definition}"
     measured = on(stats.model, stats.corpus, definition)
     caption = "The marked token is the one measured; the tokens around it are context and carry no value."
-    body = Markup('<div class="neurons">{}</div>').format(join(cards))
+    body = join(cards) if len(cards) == 1 else Markup('<div class="neurons">{}</div>').format(join(cards))
     one_name = len(chosen) == 1
     bars = [
         (value, words if one_name else f"L{layer} N{neuron}: {words}")
