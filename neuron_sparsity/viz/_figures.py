@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
+from PIL import Image
 
 from neuron_sparsity.report._image import CIVIDIS, NEVER_COLOUR
 from neuron_sparsity.report._pareto import draw_pareto
@@ -47,12 +48,13 @@ _TOKEN, _ROW, _LINE = 14, 24, 84  # characters that fit beside an axis: of a tok
 
 
 class PaperFigure(Figure):
-    """A matplotlib figure that a notebook shows without pyplot."""
+    """A matplotlib figure that a notebook shows without pyplot, with 128 colours: a third of the bytes."""
 
     def _repr_png_(self) -> bytes:
-        data = io.BytesIO()
-        self.savefig(data, format="png", dpi=110)
-        return data.getvalue()
+        drawn, kept = io.BytesIO(), io.BytesIO()
+        self.savefig(drawn, format="png", dpi=110)
+        Image.open(drawn).convert("RGB").quantize(128).save(kept, format="png", optimize=True)
+        return kept.getvalue()
 
 
 @dataclass(frozen=True)
