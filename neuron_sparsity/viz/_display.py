@@ -41,6 +41,7 @@ _UNPACK = """(async () => {
   document.head.append(script);
   window.neuronSparsity();
 })();"""
+_RESET = "dt, dd { float: none; width: auto; padding: 0; }"  # Jupyter floats them
 _FIGURES = ("svg", "png", "pdf")
 
 
@@ -199,4 +200,4 @@ def _scoped(css: str) -> str:
     """
     css = re.sub(r":root\b", "&", css)
     css = re.sub(r"^(\s*)(?:html|body)(?=[\s,{])", r"\1&", css, flags=re.MULTILINE)
-    return f".ns-view {{\n{css}\n}}"
+    return f".ns-view {{\n{css}\n{_RESET}\n}}"
