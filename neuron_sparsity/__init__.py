@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neuron_sparsity import viz
     from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons, removable_sets
     from neuron_sparsity.adapter import attach, load_model
     from neuron_sparsity.corpus import Windows, load_corpus
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.greedy import refine
     from neuron_sparsity.laws import LawFit, fit_joint, fit_law, fit_scale, fit_width_depth
     from neuron_sparsity.pareto import ParetoResult, pareto
+    from neuron_sparsity.passage import NeuronActivations, neuron_activations
     from neuron_sparsity.perplexity import perplexity
     from neuron_sparsity.plan import Plan, plan
     from neuron_sparsity.pruning import PrunedModel, prune
@@ -83,6 +85,7 @@ __all__ = [
     "MeasurementError",
     "ModelError",
     "NeuronClasses",
+    "NeuronActivations",
     "NeuronSparsityError",
     "NeuronSaliency",
     "NeuronStatistics",
@@ -116,6 +119,7 @@ __all__ = [
     "load_corpus",
     "load_model",
     "logit_effects",
+    "neuron_activations",
     "pareto",
     "perplexity",
     "plan",
@@ -129,6 +133,7 @@ __all__ = [
     "saliency",
     "sparsify",
     "token_activity",
+    "viz",
 ]
 
 _MODULE_OF = {
@@ -145,6 +150,7 @@ _MODULE_OF = {
     "MeasurementError": "errors",
     "ModelError": "errors",
     "NeuronClasses": "taxonomy",
+    "NeuronActivations": "passage",
     "NeuronSparsityError": "errors",
     "NeuronSaliency": "saliency",
     "NeuronStatistics": "recorder",
@@ -177,6 +183,7 @@ _MODULE_OF = {
     "load_corpus": "corpus",
     "load_model": "adapter",
     "logit_effects": "taxonomy",
+    "neuron_activations": "passage",
     "pareto": "pareto",
     "perplexity": "perplexity",
     "plan": "plan",
@@ -191,6 +198,7 @@ _MODULE_OF = {
     "sparsify": "sparsity",
     "token_activity": "sparsity",
 }
+_SUBMODULES = frozenset({"viz"})  # a namespace of its own: ns.viz.text(...)
 _SAME_NAME = frozenset(name for name, module in _MODULE_OF.items() if name == module)
 
 
@@ -209,6 +217,8 @@ class _Package(ModuleType):
 
 
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from neuron_sparsity import kernels, parallel
-from neuron_sparsity.adapter import MLPAdapter, attach
+from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.kernels.reference import contributions
 from neuron_sparsity.perplexity import Progress, RowHook, token_losses
@@ -220,6 +220,7 @@ class TokenActivity:
         activation_ratio: Share of the layer's neurons with `c >= threshold` on the dense run.
         definition: What counts as active.
         corpus: Where the passage is from (`Windows.describe`, with the window's index).
+        model: What was measured; None in a file of an earlier version.
     """
 
     token_ids: list[int]
@@ -227,6 +228,7 @@ class TokenActivity:
     activation_ratio: Float[Tensor, "layer pos"]
     definition: str
     corpus: dict[str, Any]
+    model: ModelInfo | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `passage.json`; ratios to five digits."""
@@ -237,6 +239,7 @@ class TokenActivity:
             "activation_ratio": ratios,
             "definition": self.definition,
             "corpus": self.corpus,
+            "model": None if self.model is None else self.model.to_json(),
         }
 
     @classmethod
@@ -252,6 +255,7 @@ class TokenActivity:
             torch.tensor(data["activation_ratio"]),
             str(data["definition"]),
             dict(data["corpus"]),
+            ModelInfo.from_json(data["model"]) if data.get("model") else None,
         )
 
 
@@ -301,6 +305,7 @@ def token_activity(
         ratio,
         f"contribution >= {named}",
         windows.describe() | {"window_index": window, "document": windows.documents[window]},
+        adapter.info,
     )
 
 

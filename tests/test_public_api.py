@@ -16,7 +16,7 @@ import pytest
 
 import neuron_sparsity as ns
 
-PUBLIC_NAMES = sorted(set(ns.__all__) - {"__version__"})
+PUBLIC_NAMES = sorted(set(ns.__all__) - {"__version__"} - ns._SUBMODULES)
 SHARED_NAMES = ["damage", "pareto", "perplexity", "plan", "report", "saliency"]
 
 
@@ -42,6 +42,21 @@ def test_lists_of_public_names_agree(repository: Path) -> None:
         for alias in node.names
     }
     assert for_type_checkers == {name: f"neuron_sparsity.{module}" for name, module in ns._MODULE_OF.items()}
+
+
+@pytest.mark.parametrize("name", sorted(ns._SUBMODULES))
+def test_submodule_is_loaded_when_it_is_used(name: str) -> None:
+    check = "; ".join(
+        [
+            "import sys, neuron_sparsity as ns",
+            f"assert 'neuron_sparsity.{name}' not in sys.modules and 'torch' not in sys.modules",
+            f"assert ns.{name} is sys.modules['neuron_sparsity.{name}']",
+        ]
+    )
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    module = getattr(ns, name)
+    assert all(inspect.getdoc(getattr(module, public)) for public in module.__all__)
 
 
 def test_unknown_name_says_so() -> None:

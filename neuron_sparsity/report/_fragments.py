@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from neuron_sparsity.report._image import gradient, png_data_uri
 from neuron_sparsity.report._text import inert, join, script_json, visible_token
 
-__all__ = ["card", "figure", "folded", "heat", "note", "pairs", "table", "token_text", "widget"]
+__all__ = ["card", "figure", "folded", "heat", "note", "pairs", "shaded_text", "table", "token_text", "widget"]
 
 _MOST_HOVER = 400_000  # values a page carries for hovering; beyond, the picture stays and the read-out goes
 _MOST_COLUMNS = 4096  # pixels a row of a heat map may have; beyond, neighbours are averaged
@@ -159,6 +159,17 @@ def token_text(tokens: Sequence[str], highlighted: int | None = None) -> Markup:
     return join(
         (Markup("<mark>{}</mark>") if index == highlighted else Markup("<span>{}</span>")).format(visible_token(token))
         for index, token in enumerate(tokens)
+    )
+
+
+def shaded_text(tokens: Sequence[str], values: Sequence[float], bound: float) -> Markup:
+    """Return tokens as running text on blue for positive and red for negative values, full at +- `bound`."""
+    shape = Markup('<span style="background:rgba({},{:.2f})">{}</span>')
+    colours = ("196,60,20" if value < 0 else "37,99,171" for value in values)
+    strength = (0.7 * min(abs(value) / (bound or 1.0), 1.0) for value in values)
+    return join(
+        shape.format(Markup(colour), alpha, visible_token(token))
+        for token, colour, alpha in zip(tokens, colours, strength, strict=True)
     )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report._charts import Chart, layer_axis, linear_axis
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.recorder import NeuronStatistics
     from neuron_sparsity.sparsity import SparsityResult
 
-__all__ = ["class_counts", "neuron_map"]
+__all__ = ["class_counts", "frequency_map", "neuron_map"]
 
 _CLASSES = (("dead", "dead"), ("rare", "rare"), ("alive", "alive"), ("always_on", "always on"))
 _DEAD, _RARE, _ALWAYS_ON = (target(100 * share) for share in (classes.DEAD, classes.RARE, classes.ALWAYS_ON))
@@ -27,9 +28,24 @@ _NONE_QUIET = "No neuron of this run is dead or rare."
 def neuron_map(stats: NeuronStatistics, result: SparsityResult | None = None) -> str:
     """Return layers x neurons by activation frequency: sorted within each layer, and, folded away, in index order."""
     active = classes.activity(stats, result)
-    labels, frequency = layer_labels(stats), active.frequency
-    order, dead = np.argsort(frequency, axis=1, kind="stable"), frequency < classes.DEAD
-    quantity, mark = "activation frequency", f"dead, under {_DEAD}"
+    dead = active.frequency < classes.DEAD
+    return frequency_map(
+        active.frequency, dead, layer_labels(stats), active=active.definition, mark=f"dead, under {_DEAD}",
+        n_tokens=stats.n_tokens,
+    )  # fmt: skip
+
+
+def frequency_map(
+    frequency: NDArray[np.float64],
+    dead: NDArray[np.bool_],
+    labels: list[int],
+    *,
+    active: str,
+    mark: str,
+    n_tokens: int | None,
+) -> str:
+    """Return frequencies [layer, neuron] as two maps, those of dead neurons marked; `mark` says what dead means."""
+    order, quantity = np.argsort(frequency, axis=1, kind="stable"), "activation frequency"
     shape = f"{len(labels)} layers of {count(frequency.shape[1])} neurons"
     ranked = heat(
         np.take_along_axis(frequency, order, axis=1),
@@ -52,7 +68,7 @@ def neuron_map(stats: NeuronStatistics, result: SparsityResult | None = None) ->
     )
     caption = (
         f"Share of tokens on which a neuron is active, rarest on the left, in the dense run. "
-        f"Active: {visible(active.definition)}. N = {count(stats.n_tokens)} tokens."
+        f"Active: {visible(active)}. N = {count(n_tokens)} tokens."
     )
     body = join([ranked, folded("The same in index order", indexed)])
     return figure("Every neuron by activation frequency", body, caption, wide=True)

@@ -17,9 +17,11 @@ from neuron_sparsity.rules import RULES
 from neuron_sparsity.store import write_bytes
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from neuron_sparsity.pareto import ParetoPoint, ParetoResult, RuleAnswer, RuleCurve
 
-__all__ = ["pareto_curves", "pareto_table", "save_pareto_figure"]
+__all__ = ["draw_pareto", "pareto_curves", "pareto_table", "save_pareto_figure"]
 
 # Okabe and Ito's palette, without its yellow and black: told apart by colour-blind readers, on white and on dark.
 _COLOURS = {
@@ -128,22 +130,8 @@ def _cell(answer: RuleAnswer) -> str:
     return f"{number(answer.activation_ratio)}{ends}"
 
 
-def save_pareto_figure(result: ParetoResult, folder: str | Path) -> list[str]:
-    """Write `pareto.svg` and `pareto.png` into a folder, perplexity against activation ratio; needs matplotlib.
-
-    Returns:
-        The names of the files; none where matplotlib is not installed.
-
-    Raises:
-        RunFolderError: If a file cannot be written.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        return []
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    drawing = Figure(figsize=(7.2, 4.8), layout="constrained")
-    FigureCanvasAgg(drawing)
+def draw_pareto(result: ParetoResult, drawing: Figure) -> None:
+    """Draw perplexity against activation ratio under every rule into an empty figure."""
     axes = drawing.add_subplot()
     for curve in result.curves:
         shown = _drawn(curve)
@@ -170,6 +158,25 @@ def save_pareto_figure(result: ParetoResult, folder: str | Path) -> list[str]:
     axes.set_ylabel("perplexity")
     axes.set_title(f"{result.model.name} on {corpus['name']}, {corpus['n_tokens']:,} tokens", fontsize=10)
     axes.legend(fontsize=7)
+
+
+def save_pareto_figure(result: ParetoResult, folder: str | Path) -> list[str]:
+    """Write `pareto.svg` and `pareto.png` into a folder, perplexity against activation ratio; needs matplotlib.
+
+    Returns:
+        The names of the files; none where matplotlib is not installed.
+
+    Raises:
+        RunFolderError: If a file cannot be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return []
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    drawing = Figure(figsize=(7.2, 4.8), layout="constrained")
+    FigureCanvasAgg(drawing)
+    draw_pareto(result, drawing)
     for name in FIGURES:
         data = io.BytesIO()
         drawing.savefig(data, format=name[-3:], dpi=160)

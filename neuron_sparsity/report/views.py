@@ -31,6 +31,7 @@ from neuron_sparsity.report._curves import (
 )
 from neuron_sparsity.report._damage import damage
 from neuron_sparsity.report._fragments import figure, heat, note, token_text, widget
+from neuron_sparsity.report._histogram import neuron_histogram
 from neuron_sparsity.report._measured import definitions, measured
 from neuron_sparsity.report._neuron_table import neuron_table
 from neuron_sparsity.report._neurons import class_counts, neuron_map
@@ -54,7 +55,9 @@ __all__ = [
     "layer_table",
     "layer_thresholds",
     "measured",
+    "neuron_card",
     "neuron_examples",
+    "neuron_histogram",
     "neuron_map",
     "neuron_table",
     "pareto_curves",
@@ -127,6 +130,14 @@ def neuron_examples(
             figure(f"{name} neurons", Markup('<div class="neurons">{}</div>').format(join(cards)), caption, wide=True)
         )
     return join(figures)
+
+
+def neuron_card(
+    stats: NeuronStatistics, row: int, neuron: int, result: SparsityResult | None = None, *, n_examples: int = 5
+) -> str:
+    """Return one neuron with the tokens that drive it most; `row` counts the measured layers from 0."""
+    index = row * array(stats.contribution_sum).shape[1] + neuron
+    return _neuron_card(stats, classes.activity(stats, result), index, n_examples)
 
 
 def _neuron_card(stats: NeuronStatistics, active: classes.Activity, index: int, n_examples: int) -> Markup:

@@ -1,5 +1,6 @@
 "use strict";
 (() => {
+  if (window.neuronSparsity) return window.neuronSparsity(); // a notebook that carries this script twice
   const root = document.documentElement;
 
   // Theme: the system's unless the button, or #theme=dark in the address, says otherwise.
@@ -37,14 +38,15 @@
       });
     });
   };
-  document.querySelectorAll("[data-widget]").forEach((element, index) => {
+  let widgets = 0;
+  const draw = (element) => {
     const view = element.querySelector(".widget-view");
-    view.id = "circuits-vis-" + index;
+    view.id = "circuits-vis-" + widgets++;
     if (element.dataset.widget === "ColoredTokensMulti") {
       new MutationObserver(() => reachable(view)).observe(view, { childList: true, subtree: true });
     }
     CircuitsVis.render(view.id, CircuitsVis[element.dataset.widget], content(element));
-  });
+  };
 
   // Heat maps: a read-out under the picture, for mouse, touch and arrow keys.
   const unpack = (text) => {
@@ -99,7 +101,21 @@
       show();
     });
   };
-  document.querySelectorAll("[data-heat]").forEach((element) => {
-    if (element.querySelector(":scope > script")) connect(element);
+
+  // A page is connected once; in a notebook every new output calls for what it brought.
+  const fresh = (selector) => [...document.querySelectorAll(selector)].filter((element) => {
+    const first = !element.dataset.connected;
+    element.dataset.connected = "yes";
+    return first;
   });
+  const host = document.body.dataset.jpThemeLight || (/vscode-(dark|light)/.exec(document.body.className) || [])[1];
+  window.neuronSparsity = () => {
+    if (window.CircuitsVis) fresh("[data-widget]").forEach(draw);
+    fresh("[data-heat]").forEach((element) => {
+      if (element.querySelector(":scope > script")) connect(element);
+    });
+    const theme = { true: "light", false: "dark", light: "light", dark: "dark" }[host];
+    if (theme) document.querySelectorAll(".ns-view").forEach((view) => (view.dataset.theme = theme));
+  };
+  window.neuronSparsity();
 })();
