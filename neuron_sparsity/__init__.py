@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.pruning import PrunedModel, prune
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
-    from neuron_sparsity.report import report
+    from neuron_sparsity.report import report, trajectory_report
     from neuron_sparsity.saliency import NeuronSaliency, saliency
     from neuron_sparsity.sparsity import (
         Estimate,
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         sparsify,
         token_activity,
     )
+    from neuron_sparsity.trajectory import SparsityCallback, TrajectoryResult, checkpoint_schedule, track
 
 __version__ = "0.1.0"
 
@@ -74,9 +75,11 @@ __all__ = [
     "RankError",
     "Ranking",
     "RunFolderError",
+    "SparsityCallback",
     "SparsityResult",
     "TokenActivity",
     "TokenRanking",
+    "TrajectoryResult",
     "Windows",
     "__version__",
     "ablate",
@@ -84,6 +87,7 @@ __all__ = [
     "attach",
     "cett_ppl_sparsities",
     "cett_ppl_sparsity",
+    "checkpoint_schedule",
     "damage",
     "evaluate",
     "fit_joint",
@@ -105,6 +109,8 @@ __all__ = [
     "saliency",
     "sparsify",
     "token_activity",
+    "track",
+    "trajectory_report",
 ]
 
 _MODULE_OF = {
@@ -125,15 +131,18 @@ _MODULE_OF = {
     "RankError": "errors",
     "Ranking": "ranking",
     "RunFolderError": "errors",
+    "SparsityCallback": "trajectory",
     "SparsityResult": "sparsity",
     "TokenActivity": "sparsity",
     "TokenRanking": "ranking",
+    "TrajectoryResult": "trajectory",
     "Windows": "corpus",
     "ablate": "ablation",
     "apply_thresholds": "sparsity",
     "attach": "adapter",
     "cett_ppl_sparsities": "sparsity",
     "cett_ppl_sparsity": "sparsity",
+    "checkpoint_schedule": "trajectory",
     "damage": "damage",
     "evaluate": "downstream",
     "fit_joint": "laws",
@@ -155,6 +164,8 @@ _MODULE_OF = {
     "saliency": "saliency",
     "sparsify": "sparsity",
     "token_activity": "sparsity",
+    "track": "trajectory",
+    "trajectory_report": "report",
 }
 _SAME_NAME = frozenset(name for name, module in _MODULE_OF.items() if name == module)
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from neuron_sparsity import __version__, commands, effect_commands
+from neuron_sparsity import __version__, commands, effect_commands, track_command
 from neuron_sparsity.console import (
     conclude,
     conclude_pareto,
@@ -114,6 +114,9 @@ def report(
         ]
         if refused:
             raise ValueError(f"{model} is a run folder, rendered as it is; leave out --{refused[0].replace('_', '-')}")
+        if (Path(model) / "trajectory.json").is_file():
+            track_command.show(Path(model), quiet=quiet, as_json=as_json)
+            return
         found = load_run(model)
         render(model, found)
         conclude(Path(model), found["result"], found["stats"], found["removed"], quiet=quiet, as_json=as_json)
@@ -354,6 +357,7 @@ app.command()(commands.plan)
 app.command()(effect_commands.damage)
 app.command()(effect_commands.evaluate)
 app.command()(commands.prune)
+app.command()(track_command.track)
 
 
 @app.command()

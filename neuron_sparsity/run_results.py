@@ -12,15 +12,16 @@ from torch import Tensor
 from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.pareto import ParetoResult
-from neuron_sparsity.report import Report, report
+from neuron_sparsity.report import Report, report, trajectory_report
 from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, blaming, read_json
+from neuron_sparsity.trajectory import TrajectoryResult
 from neuron_sparsity.truncation import TokenActivity
 from neuron_sparsity.typed import checked
 
-__all__ = ["applied_results", "load_run", "means_of", "render"]
+__all__ = ["applied_results", "load_run", "means_of", "render", "render_trajectory"]
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
@@ -108,3 +109,15 @@ def render(path: str | Path, found: Mapping[str, Any] | None = None) -> Report:
         page = report(found["stats"], found["result"], found["removed"], **parts)
         page.save(Path(path) / "report.html")
     return page
+
+
+def render_trajectory(path: str | Path) -> TrajectoryResult:
+    """Write `report.html` of a folder that `track` has filled, and return what it holds; no model is loaded.
+
+    Raises:
+        RunFolderError: If the folder holds no trajectory, the file is damaged, or the page cannot be written.
+    """
+    found = TrajectoryResult.load(RunFolder(path).path)
+    with blaming(Path(path), "cannot be rendered", "if trajectory.json was edited, delete it and run `track` again"):
+        trajectory_report(found).save(Path(path) / "report.html")
+    return found

@@ -86,6 +86,7 @@ ROOMS = [
     "commands",
     "console",
     "effect_commands",
+    "track_command",
     "cli",
     "__main__",
 ]

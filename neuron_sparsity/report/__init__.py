@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from neuron_sparsity.report._pareto import save_pareto_figure
 from neuron_sparsity.report.page import Report, build
+from neuron_sparsity.report.trajectory_page import trajectory_report
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.recorder import NeuronStatistics
     from neuron_sparsity.sparsity import SparsityResult, TokenActivity
 
-__all__ = ["Report", "report", "save_pareto_figure"]
+__all__ = ["Report", "report", "save_pareto_figure", "trajectory_report"]
 
 
 def report(
