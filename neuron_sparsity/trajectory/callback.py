@@ -155,8 +155,9 @@ class SparsityCallback(TrainerCallback):
         if self.tokens is not None:
             self._seen = self._tokens(state) if state.global_step else -1.0
         for label, point in list(self._tracker.points.items()):
-            step = int(label.removeprefix("step-"))
-            if state.global_step == 0:
+            number = label.removeprefix("step-")
+            step = int(number) if number.isdecimal() else -1
+            if state.global_step == 0 or step < 0:
                 raise RunFolderError(
                     f"{self.folder} holds the trajectory of another training; name another folder, or go on from a "
                     "checkpoint of that one"

@@ -23,7 +23,7 @@ __all__ = ["LAST", "common_cett", "own_sparsity", "sparsity_at"]
 LAST = 5
 """Checkpoints at the end of training that the common CETT is searched on (arXiv:2411.02335, Appendix E)."""
 
-_TOLERANCE = 0.05  # of p: half of what a single search has, for the mean of five jitters by less than half
+_TOLERANCE = 0.1  # of p, as for a single search: every further pass loads each of the five again
 _SLOPE = 2.5  # of log(rise) over log(CETT): only places the first pass
 _MAX_EXTENSIONS = 2
 
@@ -133,8 +133,9 @@ def common_cett(
         n_scored: Scored positions that a pass over one checkpoint has.
         measure: `f(label, cett)`: a truncated pass over one of them.
     """
-    # Each rises like a power of the CETT around its own: where their mean is p.
-    guess = float(np.mean([found.cett**-_SLOPE for found in own]) ** (-1 / _SLOPE))
+    # The rise of each goes like a power of the CETT, through what was measured at its own: where their mean is p.
+    rises = [max(found.ppl_increase_percent, 0.01 * p_percent) * found.cett**-_SLOPE for found in own]
+    guess = float((p_percent / np.mean(rises)) ** (1 / _SLOPE))
     passes = _JointPasses(labels, measure)
     goal = Goal(p_percent, "ppl", _TOLERANCE * p_percent, n_scored * len(labels), closely=False)
     search = CettSearch(cast("Evaluator", passes), goal)

@@ -201,6 +201,7 @@ class Tracker:
             ValueError: If it is of another model than the others.
         """
         label = checkpoint.label
+        self._asked.add(label)
         if label in self.gaps:
             return None
         known = self.points.get(label)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import math
 import weakref
@@ -22,6 +23,8 @@ from neuron_sparsity.recorder import record
 from neuron_sparsity.sparsity import cett_ppl_sparsity, sparsify
 from neuron_sparsity.trajectory import SparsityAt, TrajectoryResult, track
 from neuron_sparsity.trajectory.measure import LAST, common_cett
+
+track_module = importlib.import_module("neuron_sparsity.trajectory.track")
 
 STEP = 1000
 
@@ -45,12 +48,18 @@ def checkpoint(tiny_hf_models: Callable[..., Any], tiny_tokenizer: Any) -> Calla
 
 @pytest.fixture(scope="module")
 def windows(own_windows: Callable[..., Any], tiny_hf_models: Callable[..., Any]) -> Any:
-    return own_windows(tiny_hf_models("llama"), 40)
+    return own_windows(tiny_hf_models("llama"), 32)
 
 
 @pytest.fixture(scope="module")
 def seven(checkpoint: Callable[..., Any]) -> list[tuple[str, Callable[[], Any]]]:
     return [(f"step{STEP * n}", lambda n=n: checkpoint(n)) for n in range(1, 8)]
+
+
+@pytest.fixture
+def last_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The common CETT is searched on two checkpoints, which is quicker than on five."""
+    monkeypatch.setattr(track_module, "LAST", 2)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +79,7 @@ def test_the_common_cett_costs_p_on_average_over_the_last_five(tracked: tuple[Pa
     assert result.complete
     assert result.common.checkpoints == tuple(f"step{STEP * n}" for n in range(3, 8))
     assert len(result.common.checkpoints) == LAST
-    assert abs(result.common.ppl_increase_percent - 1) <= result.common.tolerance_percent == 0.05
+    assert abs(result.common.ppl_increase_percent - 1) <= result.common.tolerance_percent == 0.1
     last = [point.at(result.cett) for point in result.points[-LAST:]]
     mean = np.mean([found.ppl_increase_percent for found in last if found is not None])
     assert mean == pytest.approx(result.common.ppl_increase_percent, abs=1e-9)
@@ -121,6 +130,7 @@ def test_fit_reads_the_folder(tracked: tuple[Path, TrajectoryResult]) -> None:
     )
 
 
+@pytest.mark.usefixtures("last_two")
 def test_one_model_in_memory_at_a_time(checkpoint: Callable[..., Any], windows: Any, tmp_path: Path) -> None:
     alive: list[weakref.ref[Any]] = []
     loads: list[int] = []
@@ -132,44 +142,48 @@ def test_one_model_in_memory_at_a_time(checkpoint: Callable[..., Any], windows: 
             model = checkpoint(n)
             alive.append(weakref.ref(model))
             alive.append(weakref.ref(model.original_model))
-            if n == 3:
+            if n == 2:
                 with torch.no_grad():
                     next(model.original_model.model.layers[0].mlp.parameters()).fill_(math.nan)
             return model
 
         return make
 
-    result = track([(f"step{n}", source(n)) for n in range(1, 8)], windows, folder=tmp_path, tokens_per_step=1)
-    assert sorted(set(loads)) == list(range(1, 8))
-    assert loads.count(3) == loads.count(1) == 1  # one is visited once, the other is a gap at once
-    assert [gap.checkpoint for gap in result.gaps] == ["step3"]
+    result = track([(f"step{n}", source(n)) for n in range(1, 5)], windows, folder=tmp_path, tokens_per_step=1)
+    assert sorted(set(loads)) == list(range(1, 5))
+    assert loads.count(2) == loads.count(1) == 1  # one is a gap at once, the other is visited once
+    assert [gap.checkpoint for gap in result.gaps] == ["step2"]
     gc.collect()
     assert not any(ref() is not None for ref in alive)
 
 
-def test_a_checkpoint_that_does_not_load_is_a_gap(
-    seven: Any, tracked: tuple[Path, TrajectoryResult], windows: Any, tmp_path: Path
-) -> None:
+@pytest.mark.usefixtures("last_two")
+def test_a_checkpoint_that_does_not_load_is_a_gap(seven: Any, windows: Any, tmp_path: Path) -> None:
     def broken() -> Any:
         raise RuntimeError("the disk has died\nat sector 7")
 
-    checkpoints = [*seven[:1], ("step2000", broken), str(tmp_path / "step2500"), *seven[2:6], ("step7000", broken)]
+    missing = str(tmp_path / "step2500")
+    checkpoints = [seven[0], ("step2000", broken), missing, seven[2], ("step4000", broken)]
     result = track(checkpoints, windows, folder=tmp_path / "run", tokens_per_step=10)
     named = {gap.checkpoint: gap for gap in result.gaps}
-    assert set(named) == {"step2000", "step7000", str(tmp_path / "step2500")}
+    assert set(named) == {"step2000", missing, "step4000"}
     assert "RuntimeError: the disk has died" in named["step2000"].error
     assert named["step2000"].tokens == 20_000
-    assert "step2500" in named[str(tmp_path / "step2500")].error
-    # Five are left at the end without the last one.
-    assert result.common.checkpoints == ("step1000", "step3000", "step4000", "step5000", "step6000")
-    assert [point.checkpoint for point in result.points] == list(result.common.checkpoints)
+    assert "step2500" in named[missing].error
+    # Two are left at the end without the last one.
+    assert result.common is not None
+    assert result.common.checkpoints == ("step1000", "step3000")
+    assert [point.checkpoint for point in result.points] == ["step1000", "step3000"]
+    assert read_points(tmp_path / "run").tokens.tolist() == [10_000, 30_000]
     # Once they can be loaded, the gaps are closed, and the result is that of a run that never had any.
-    again = track(seven, windows, folder=tmp_path / "run", tokens_per_step=10)
+    again = track(seven[:4], windows, folder=tmp_path / "run", tokens_per_step=10)
+    never = track(seven[:4], windows, tokens_per_step=10)
     assert again.gaps == ()
-    assert again.common == tracked[1].common
-    assert [point.at(again.cett) for point in again.points] == [point.at(again.cett) for point in tracked[1].points]
+    assert again.common == never.common
+    assert [point.at(again.cett) for point in again.points] == [point.at(never.cett) for point in never.points]
 
 
+@pytest.mark.usefixtures("last_two")
 def test_a_checkpoint_lost_between_two_visits_is_a_gap(seven: Any, windows: Any, tmp_path: Path) -> None:
     calls: list[str] = []
 
@@ -177,13 +191,15 @@ def test_a_checkpoint_lost_between_two_visits_is_a_gap(seven: Any, windows: Any,
         calls.append("once")
         if len(calls) > 1:
             raise OSError("gone")
-        return seven[6][1]()
+        return seven[2][1]()
 
-    result = track([*seven[:6], ("step7000", once)], windows, folder=tmp_path, tokens_per_step=10)
-    assert [gap.checkpoint for gap in result.gaps] == ["step7000"]
+    result = track([*seven[:2], ("step3000", once)], windows, folder=tmp_path, tokens_per_step=10)
+    assert [gap.checkpoint for gap in result.gaps] == ["step3000"]
     assert "gone" in result.gaps[0].error
-    assert result.common.checkpoints[-1] == "step6000"
-    assert [point.checkpoint for point in result.points] == [f"step{STEP * n}" for n in range(1, 7)]
+    assert result.common is not None
+    assert result.common.checkpoints == ("step1000", "step2000")
+    assert [point.checkpoint for point in result.points] == ["step1000", "step2000"]
+    assert [point.checkpoint for point in result.pending] == ["step3000"]
 
 
 def test_nothing_that_loads_is_an_error(windows: Any, tmp_path: Path) -> None:
@@ -196,14 +212,28 @@ def test_other_models_and_tokenizers_are_refused(
 ) -> None:
     first = ("step9", lambda: checkpoint(1))
     with pytest.raises(ValueError, match=r"not of one model: 'step1' has activation .*, not silu"):
-        track([("step1", lambda: checkpoint(1, "opt")), first], windows, tokens_per_step=1)
+        track([("step1", lambda: checkpoint(1, "opt")), first], windows, tokens_per_step=1, cett=0.1)
     other = type(tiny_tokenizer).from_pretrained(tiny_tokenizer.name_or_path)
     other.add_tokens(["Six hundred people"])
+    other.save_pretrained(tmp_path / "tokenizer")
+    other = type(tiny_tokenizer).from_pretrained(tmp_path / "tokenizer")
     with pytest.raises(ValueError, match="'step1' has another tokenizer"):
-        track([("step1", lambda: checkpoint(1, tokenizer=other)), first], windows, tokens_per_step=1, folder=tmp_path)
+        track(
+            [("step1", lambda: checkpoint(1, tokenizer=other)), first],
+            windows,
+            tokens_per_step=1,
+            cett=0.1,
+            folder=tmp_path / "run",
+        )
     # The folder remembers what its checkpoints are.
     with pytest.raises(ValueError, match="not of one model: 'step3' has activation"):
-        track([("step3", lambda: checkpoint(1, "opt")), first], windows, tokens_per_step=1, folder=tmp_path)
+        track(
+            [("step3", lambda: checkpoint(1, "opt")), first],
+            windows,
+            tokens_per_step=1,
+            cett=0.1,
+            folder=tmp_path / "run",
+        )
 
 
 def test_nothing_is_measured_twice(seven: Any, tracked: tuple[Path, TrajectoryResult], windows: Any) -> None:
@@ -226,32 +256,37 @@ def test_another_question_needs_another_folder(
         track(seven, own_windows(tiny_hf_models("llama"), 8), folder=folder, tokens_per_step=10)
 
 
-def test_later_checkpoints_join_an_earlier_run(
-    seven: Any, tracked: tuple[Path, TrajectoryResult], windows: Any, tmp_path: Path
-) -> None:
-    early = track(seven[:5], windows, folder=tmp_path, tokens_per_step=10)
-    assert early.common.checkpoints == tuple(label for label, _ in seven[:5])
-    whole = track(seven, windows, folder=tmp_path, tokens_per_step=10)
-    assert whole.common == tracked[1].common
-    assert [point.at(whole.cett) for point in whole.points] == [p.at(whole.cett) for p in tracked[1].points]
-    part = track(seven[:6], windows, folder=tmp_path, tokens_per_step=10)
-    assert [point.checkpoint for point in part.pending] == ["step7000"]
+@pytest.mark.usefixtures("last_two")
+def test_later_checkpoints_join_an_earlier_run(seven: Any, windows: Any, tmp_path: Path) -> None:
+    early = track(seven[:3], windows, folder=tmp_path, tokens_per_step=10)
+    assert early.common is not None
+    assert early.common.checkpoints == ("step2000", "step3000")
+    joined = track(seven[:4], windows, folder=tmp_path, tokens_per_step=10)
+    assert joined.common is not None
+    assert joined.common.checkpoints == ("step3000", "step4000")
+    assert {point.at(joined.cett).cett for point in joined.points} == {joined.cett}
+    assert [point.own for point in joined.points[:3]] == [point.own for point in early.points]
+    part = track(seven[:3], windows, folder=tmp_path, tokens_per_step=10)
+    assert part.common == early.common
+    assert [point.checkpoint for point in part.pending] == ["step4000"]
 
 
 def test_fewer_than_five_and_a_given_cett(seven: Any, windows: Any) -> None:
-    few = track(seven[:2], windows, tokens_per_step=10)
-    assert few.common.checkpoints == ("step1000", "step2000")
-    given = track(seven[:2], windows, tokens_per_step=10, cett=0.2)
+    few = track(seven[:1], windows, tokens_per_step=10)
+    assert few.common is not None
+    assert few.common.checkpoints == ("step1000",)
+    given = track(seven[:1], windows, tokens_per_step=10, cett=0.2)
+    assert given.common is not None
     assert (given.cett, given.common.given, given.common.checkpoints) == (0.2, True, ())
     assert all(point.at(0.2).cett == 0.2 for point in given.points)
     assert [point.own for point in given.points] == [point.own for point in few.points]
 
 
 def test_an_untrained_model_is_apart(seven: Any, checkpoint: Callable[..., Any], windows: Any, tmp_path: Path) -> None:
-    result = track([("step0", lambda: checkpoint(0)), *seven[:2]], windows, folder=tmp_path, tokens_per_step=10)
-    assert [point.tokens for point in result.points] == [0, 10_000, 20_000]
-    assert result.curve()[0] == [10_000, 20_000]
-    assert read_points(tmp_path).tokens.tolist() == [10_000, 20_000]
+    result = track([("step0", lambda: checkpoint(0)), seven[0]], windows, folder=tmp_path, tokens_per_step=10, cett=0.1)
+    assert [point.tokens for point in result.points] == [0, 10_000]
+    assert result.curve()[0] == [10_000]
+    assert read_points(tmp_path).tokens.tolist() == [10_000]
     assert values(TrajectoryResult.load(tmp_path)) == values(result)
 
 
@@ -261,7 +296,7 @@ def test_windows_are_cut_with_the_tokenizer_of_the_last_that_loads(seven: Any, t
     def broken() -> Any:
         raise RuntimeError("no")
 
-    result = track([seven[0], ("step9000", broken)], tmp_path / "page.txt", tokens_per_step=10)
+    result = track([seven[0], ("step9000", broken)], tmp_path / "page.txt", tokens_per_step=10, cett=0.1)
     assert result.corpus["name"] == "page.txt"
     assert len(result.points) == len(result.gaps) == 1
 
@@ -280,13 +315,13 @@ def test_bad_arguments(seven: Any, windows: Any, tmp_path: Path) -> None:
 
 
 def test_a_damaged_trajectory_is_told(seven: Any, windows: Any, tmp_path: Path) -> None:
-    track(seven[:1], windows, folder=tmp_path, tokens_per_step=10)
+    track(seven[:1], windows, folder=tmp_path, tokens_per_step=10, cett=0.1)
     path = tmp_path / "trajectory.json"
     data = json.loads(path.read_text())
     data["points"][0]["passes"][0]["cett"] = "much"
     path.write_text(json.dumps(data))
     with pytest.raises(RunFolderError, match=r"trajectory.json is damaged .*cett"):
-        track(seven[:1], windows, folder=tmp_path, tokens_per_step=10)
+        track(seven[:1], windows, folder=tmp_path, tokens_per_step=10, cett=0.1)
 
 
 def test_the_joint_search_finds_the_mean() -> None:
