@@ -13,6 +13,7 @@ import torch
 
 from neuron_sparsity.errors import ModelError, RunFolderError
 from neuron_sparsity.trajectory import SparsityCallback, TrajectoryResult, track
+from neuron_sparsity.trajectory.track import Tracker
 
 BATCH, LENGTH = 4, 32
 PER_STEP = BATCH * LENGTH
@@ -91,7 +92,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 def test_training_is_the_same_bit_for_bit(train: Callable[..., Any], windows: Any, tmp_path: Path) -> None:
     plain = train(tmp_path / "plain")
-    callback = SparsityCallback(windows, tmp_path / "run", steps=2, tokens_per_step=PER_STEP, keep_weights=True)
+    callback = SparsityCallback(windows, tmp_path / "run", steps=3, tokens_per_step=PER_STEP, keep_weights=True)
     watched = train(tmp_path / "watched", callback)
     assert same(weights(plain), weights(watched))
     assert watched.model.training
@@ -104,9 +105,9 @@ def test_training_is_the_same_bit_for_bit(train: Callable[..., Any], windows: An
     result = callback.result
     assert result is not None
     assert [(point.checkpoint, point.tokens) for point in result.points] == [
-        (f"step-{n}", n * PER_STEP) for n in (0, 2, 4, 6)
+        (f"step-{n}", n * PER_STEP) for n in (0, 3, 6)
     ]
-    folders = [tmp_path / "run" / "weights" / f"step-{n}" for n in (0, 2, 4, 6)]
+    folders = [tmp_path / "run" / "weights" / f"step-{n}" for n in (0, 3, 6)]
     again = track(folders, windows, tokens_per_step=PER_STEP)
     assert again.common is not None
     assert again.cett == result.cett
@@ -151,9 +152,11 @@ def test_tokens_that_the_trainer_counts(train: Callable[..., Any], windows: Any,
     assert not (tmp_path / "run" / "weights").exists()
 
 
-def test_training_that_goes_on_goes_on_in_its_folder(train: Callable[..., Any], windows: Any, tmp_path: Path) -> None:
-    def callback(folder: str) -> SparsityCallback:
-        return SparsityCallback(windows, tmp_path / folder, steps=[1, 2, 4], tokens_per_step=PER_STEP)
+def test_training_that_goes_on_goes_on_in_its_folder(
+    train: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def callback() -> SparsityCallback:
+        return SparsityCallback(windows, tmp_path / "run", steps=[1, 2, 4], tokens_per_step=PER_STEP, cett=0.15)
 
     class PowerError(Exception):
         pass
@@ -166,21 +169,23 @@ def test_training_that_goes_on_goes_on_in_its_folder(train: Callable[..., Any], 
                 raise PowerError
 
     saving = {"save_strategy": "steps", "save_steps": 3}
-    whole = callback("whole")
-    train(tmp_path / "a", whole, **saving)
     with pytest.raises(PowerError):
-        train(tmp_path / "b", callback("parts"), Fails(), **saving)
-    assert [p.checkpoint for p in TrajectoryResult.load(tmp_path / "parts").pending] == ["step-1", "step-2", "step-4"]
-    resumed = callback("parts")
-    train(tmp_path / "b", resumed, resume=str(tmp_path / "b" / "checkpoint-3"), **saving)
+        train(tmp_path / "a", callback(), Fails(), **saving)
+    before = TrajectoryResult.load(tmp_path / "run").points
+    assert [point.checkpoint for point in before] == ["step-1", "step-2", "step-4"]
+    visited: list[str] = []
+    visit = Tracker.visit
+    monkeypatch.setattr(Tracker, "visit", lambda self, c, **kwargs: visited.append(c.label) or visit(self, c, **kwargs))
+    resumed = callback()
+    train(tmp_path / "a", resumed, resume=str(tmp_path / "a" / "checkpoint-3"), **saving)
     assert resumed.result is not None
-    assert whole.result is not None
-    assert [p.checkpoint for p in resumed.result.points] == ["step-1", "step-2", "step-4", "step-6"]
-    assert resumed.result.points == whole.result.points
-    assert resumed.result.common == whole.result.common
+    assert visited[:2] == ["step-4", "step-6"]  # step 4 was trained anew
+    assert [point.checkpoint for point in resumed.result.points] == ["step-1", "step-2", "step-4", "step-6"]
+    assert resumed.result.points[:2] == before[:2]
+    assert resumed.result.gaps == ()
     # A training from the beginning is another one.
     with pytest.raises(RunFolderError, match="holds the trajectory of another training"):
-        train(tmp_path / "c", callback("parts"))
+        train(tmp_path / "c", callback())
 
 
 def test_a_model_that_cannot_be_measured_stops_the_training_at_once(

@@ -211,13 +211,13 @@ def test_other_models_and_tokenizers_are_refused(
     checkpoint: Callable[..., Any], tiny_tokenizer: Any, windows: Any, tmp_path: Path
 ) -> None:
     first = ("step9", lambda: checkpoint(1))
-    with pytest.raises(ValueError, match=r"not of one model: 'step1' has activation .*, not silu"):
+    with pytest.raises(ValueError, match=r"not of one model: 'step9' has activation silu, not relu"):
         track([("step1", lambda: checkpoint(1, "opt")), first], windows, tokens_per_step=1, cett=0.1)
     other = type(tiny_tokenizer).from_pretrained(tiny_tokenizer.name_or_path)
     other.add_tokens(["Six hundred people"])
     other.save_pretrained(tmp_path / "tokenizer")
     other = type(tiny_tokenizer).from_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ValueError, match="'step1' has another tokenizer"):
+    with pytest.raises(ValueError, match="'step9' has another tokenizer"):
         track(
             [("step1", lambda: checkpoint(1, tokenizer=other)), first],
             windows,
