@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.pruning import PrunedModel, prune
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
-    from neuron_sparsity.report import report
+    from neuron_sparsity.report import report, trajectory_report
     from neuron_sparsity.saliency import NeuronSaliency, saliency
     from neuron_sparsity.sparsity import (
         Estimate,
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         classify,
         logit_effects,
     )
+    from neuron_sparsity.trajectory import SparsityCallback, TrajectoryResult, checkpoint_schedule, track
 
 __version__ = "0.1.0"
 
@@ -96,10 +97,12 @@ __all__ = [
     "Ranking",
     "RoleRule",
     "RunFolderError",
+    "SparsityCallback",
     "SparsityResult",
     "TokenActivity",
     "TokenRanking",
     "TriggerRule",
+    "TrajectoryResult",
     "Windows",
     "__version__",
     "ablate",
@@ -110,6 +113,7 @@ __all__ = [
     "cett_ppl_sparsity",
     "class_curve",
     "classify",
+    "checkpoint_schedule",
     "damage",
     "evaluate",
     "fit_joint",
@@ -134,6 +138,8 @@ __all__ = [
     "sparsify",
     "token_activity",
     "viz",
+    "track",
+    "trajectory_report",
 ]
 
 _MODULE_OF = {
@@ -161,10 +167,12 @@ _MODULE_OF = {
     "Ranking": "ranking",
     "RoleRule": "taxonomy",
     "RunFolderError": "errors",
+    "SparsityCallback": "trajectory",
     "SparsityResult": "sparsity",
     "TokenActivity": "sparsity",
     "TokenRanking": "ranking",
     "TriggerRule": "taxonomy",
+    "TrajectoryResult": "trajectory",
     "Windows": "corpus",
     "ablate": "ablation",
     "apply_thresholds": "sparsity",
@@ -174,6 +182,7 @@ _MODULE_OF = {
     "cett_ppl_sparsity": "sparsity",
     "class_curve": "taxonomy",
     "classify": "taxonomy",
+    "checkpoint_schedule": "trajectory",
     "damage": "damage",
     "evaluate": "downstream",
     "fit_joint": "laws",
@@ -197,6 +206,8 @@ _MODULE_OF = {
     "saliency": "saliency",
     "sparsify": "sparsity",
     "token_activity": "sparsity",
+    "track": "trajectory",
+    "trajectory_report": "report",
 }
 _SUBMODULES = frozenset({"viz"})  # a namespace of its own: ns.viz.text(...)
 _SAME_NAME = frozenset(name for name, module in _MODULE_OF.items() if name == module)

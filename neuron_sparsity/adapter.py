@@ -26,7 +26,7 @@ from neuron_sparsity.model_info import ModelInfo, WeightFacts
 from neuron_sparsity.plain import PlainBody, relative_error
 from neuron_sparsity.weights import BUILTIN_MODELS, first_line, load_weights
 
-__all__ = ["BUILTIN_MODELS", "MLPAdapter", "ModelInfo", "attach", "load_model"]
+__all__ = ["BUILTIN_MODELS", "MLPAdapter", "ModelInfo", "attach", "checkpoint_steps", "load_model"]
 
 PostHook = Callable[[int, Tensor], "Tensor | None"]
 """`f(layer, z)`: called with each layer's post-activations [batch, pos, d_mlp]; a returned tensor replaces them."""
@@ -66,7 +66,7 @@ class MLPAdapter:
                 self.plain, self.forward = _plain_body(self, *facts.shape) if plain else (None, type(model).__name__)
         finally:
             _PROBING.reset(probing)
-        self.info = _model_info(self, name, facts, lowest)
+        self.info = ModelInfo.of(model, facts, name=name, version=_version(), layers=self.layers, lowest=lowest)
 
     @property
     def device(self) -> torch.device:
@@ -199,8 +199,8 @@ def load_model(
     """Return a TransformerLens model that is ready to be measured.
 
     Args:
-        model: A built-in name (`smollm2-135m`), a Hugging Face name, a local folder in HF format, a `.gguf` file, or a
-            HookedTransformer or TransformerBridge (checked and returned).
+        model: A built-in name (`smollm2-135m`), a Hugging Face name or `NAME@REVISION`, a local folder in HF format, a
+            `.gguf` file, or a HookedTransformer or TransformerBridge (checked and returned).
         device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None. `"auto"`, or a Hugging Face
             `device_map` of your own, spreads the layers over GPUs, CPU memory and disk (docs/scale.md).
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
@@ -237,7 +237,7 @@ def _boot(name: str, folder: str, hf_model: Any, tokenizer: Any, dtype: str) -> 
 
         try:
             return HookedTransformer.from_pretrained(
-                name, hf_model=hf_model, tokenizer=tokenizer, dtype=dtype, device=str(hf_model.device)
+                name.partition("@")[0], hf_model=hf_model, tokenizer=tokenizer, dtype=dtype, device=str(hf_model.device)
             ).eval()
         except Exception as error:
             raise ModelError(
@@ -251,6 +251,22 @@ def _boot(name: str, folder: str, hf_model: Any, tokenizer: Any, dtype: str) -> 
                 return TransformerBridge.boot_transformers(folder, hf_model=hf_model, tokenizer=tokenizer).eval()
         except Exception as error:
             raise ModelError(f"TransformerLens {_version()} cannot take {name!r}: {first_line(error)}") from error
+
+
+def checkpoint_steps(name: str) -> list[int]:
+    """Return the training steps of which TransformerLens knows a model's checkpoints to be published.
+
+    Raises:
+        ModelError: If it knows none.
+    """
+    try:
+        from transformer_lens.tools.model_registry.checkpoints import get_checkpoint_labels
+    except ImportError:
+        from transformer_lens.loading_from_pretrained import get_checkpoint_labels
+    try:
+        return list(get_checkpoint_labels(name)[0])
+    except ValueError as error:
+        raise ModelError(f"TransformerLens {_version()} knows no checkpoints of {name!r}: {error}") from error
 
 
 def _version() -> str:
@@ -394,23 +410,3 @@ def _logits_agree(adapter: MLPAdapter) -> bool:
     scale = float(full.abs().max().clamp_min(1e-30))
     tolerance = _REBUILD_TOLERANCE.get(adapter.model.cfg.dtype, 1e-4)
     return full.shape == pieces.shape and float((full - pieces.to(full.device)).abs().max()) <= tolerance * scale
-
-
-def _model_info(adapter: MLPAdapter, name: str | None, facts: WeightFacts, lowest: float) -> ModelInfo:
-    cfg = adapter.model.cfg
-    activation, gated = str(cfg.act_fn), bool(getattr(cfg, "gated_mlp", False))
-    if "relu" in activation and not gated and lowest < 0:
-        activation = "unknown"  # TransformerLens 4.3 says relu of BLOOM, which has GELU
-    return ModelInfo(
-        name=name or str(getattr(cfg, "model_name", type(adapter.model).__name__)),
-        n_layers=len(adapter.layers),
-        d_model=facts.shape[1],
-        d_mlp=facts.shape[0],
-        activation=activation,
-        gated=gated,
-        dtype=facts.dtype,
-        weights="centred" if facts.centred else "as loaded",
-        host=f"{type(adapter.model).__name__}, TransformerLens {_version()}",
-        layers=tuple(adapter.layers),
-        fingerprint=facts.fingerprint,
-    )

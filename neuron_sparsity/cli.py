@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from neuron_sparsity import __version__, atlas_commands, commands, effect_commands, report_commands
+from neuron_sparsity import __version__, atlas_commands, commands, effect_commands, report_commands, track_command
 from neuron_sparsity.console import (
     conclude,
     conclude_pareto,
@@ -114,7 +114,10 @@ def report(
         return
     check_question(p, ranking, replacement, scope, metric)
     if (Path(model) / "run.json").is_file():
-        report_commands.render_again(context, Path(model), neurons or [], quiet=quiet, as_json=as_json)
+        if report_commands.is_trajectory(context, Path(model)):
+            track_command.show(Path(model), quiet=quiet, as_json=as_json)
+        else:
+            report_commands.render_again(context, Path(model), neurons or [], quiet=quiet, as_json=as_json)
         return
     if neurons:
         raise ValueError(f"--neurons is for a run folder, {model} is none; render it again when it is measured")
@@ -355,6 +358,7 @@ app.command()(commands.plan)
 app.command()(effect_commands.damage)
 app.command()(effect_commands.evaluate)
 app.command()(commands.prune)
+app.command()(track_command.track)
 
 
 @app.command()

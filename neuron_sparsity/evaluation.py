@@ -143,11 +143,20 @@ class Evaluator:
         with parallel.alike():  # a few windows: all ranks run on all of them
             return self._all_rough(self._part(), targets, first)
 
-    def _all_rough(self, part: Windows, targets: Sequence[float], first: Sequence[float]) -> list[float]:
+    def probe(self) -> None:
+        """Take rough curves on an eighth of the windows, for `dense` around CETTs that are known already."""
+        with parallel.alike():
+            self._probed(self._part())
+
+    def _probed(self, part: Windows) -> DenseReference:
         reference = DenseReference(self.adapter, part)
         probe = ProbeRecorder(self.adapter, max(1, part.n_tokens // _PROBE_ROWS), backend=self.backend)
         self._losses(part, "dense pass, part", on_post=probe.on_post, on_rows=reference.remember)
         self._probe = probe.curves()
+        return reference
+
+    def _all_rough(self, part: Windows, targets: Sequence[float], first: Sequence[float]) -> list[float]:
+        reference = self._probed(part)
         points: list[tuple[float, float]] = []
         found = [self._rough(part, reference, *goal, points) for goal in zip(targets, first, strict=True)]
         # How the first goes on to the others, a thousand tokens tell no better than the usual slope: half of each.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -41,6 +42,29 @@ class ModelInfo:
     host: str
     layers: tuple[int, ...]
     fingerprint: str
+
+    @classmethod
+    def of(
+        cls, model: Any, facts: WeightFacts, *, name: str | None, version: str, layers: Sequence[int], lowest: float
+    ) -> ModelInfo:
+        """Return what a model of TransformerLens `version` tells; `lowest` is the smallest of some post-activations."""
+        cfg = model.cfg
+        activation, gated = str(cfg.act_fn), bool(getattr(cfg, "gated_mlp", False))
+        if "relu" in activation and not gated and lowest < 0:
+            activation = "unknown"  # TransformerLens 4.3 says relu of BLOOM, which has GELU
+        return cls(
+            name=name or str(getattr(cfg, "model_name", type(model).__name__)),
+            n_layers=len(layers),
+            d_model=facts.shape[1],
+            d_mlp=facts.shape[0],
+            activation=activation,
+            gated=gated,
+            dtype=facts.dtype,
+            weights="centred" if facts.centred else "as loaded",
+            host=f"{type(model).__name__}, TransformerLens {version}",
+            layers=tuple(layers),
+            fingerprint=facts.fingerprint,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values, ready for JSON."""

@@ -66,7 +66,8 @@ RANKINGS = (
 REPLACEMENTS = ("mean", "zero", "resample")
 
 Model = Annotated[
-    str, typer.Argument(help="Hugging Face name, local folder, .gguf file, or a built-in (smollm2-135m).")
+    str,
+    typer.Argument(help="Hugging Face name or NAME@REVISION, local folder, .gguf file, or a built-in (smollm2-135m)."),
 ]
 Text = Annotated[
     list[str] | None,

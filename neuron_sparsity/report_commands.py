@@ -10,7 +10,7 @@ import typer
 from neuron_sparsity.console import conclude, print_json, say
 from neuron_sparsity.terminal import given
 
-__all__ = ["compare_again", "neuron_places", "render_again"]
+__all__ = ["compare_again", "is_trajectory", "neuron_places", "render_again"]
 
 _SAID = ("quiet", "as_json")
 
@@ -39,6 +39,14 @@ def neuron_places(texts: Sequence[str]) -> list[tuple[int, int]]:
         if not (colon and layer.isdecimal() and neuron.isdecimal()):
             raise ValueError(f"--neurons takes LAYER:NEURON, such as 3:17, got {text!r}")
         found.append((int(layer), int(neuron)))
+    return found
+
+
+def is_trajectory(context: typer.Context, folder: Path) -> bool:
+    """Return whether a run folder is one that `track` has filled: it holds a trajectory and no recording."""
+    found = (folder / "trajectory.json").is_file() and not (folder / "statistics.safetensors").exists()
+    if found:
+        _refuse_others(context, ("model",), f"{folder} holds a trajectory, rendered as it is")
     return found
 
 

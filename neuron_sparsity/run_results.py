@@ -13,16 +13,17 @@ from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.damage import DamageResult
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.pareto import ParetoResult
-from neuron_sparsity.report import Report, compare, report
+from neuron_sparsity.report import Report, compare, report, trajectory_report
 from neuron_sparsity.report._explorer import flat_indices
 from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, blaming, read_json
+from neuron_sparsity.trajectory import TrajectoryResult
 from neuron_sparsity.truncation import TokenActivity
 from neuron_sparsity.typed import checked
 
-__all__ = ["applied_results", "load_run", "means_of", "render", "render_comparison"]
+__all__ = ["applied_results", "load_run", "means_of", "render", "render_comparison", "render_trajectory"]
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
@@ -149,3 +150,15 @@ def render_comparison(folders: Sequence[str | Path], out: str | Path) -> Path:
     page = compare({name: load_run(path) for name, path in zip(names, paths, strict=True)})
     page.save(target)
     return target
+
+
+def render_trajectory(path: str | Path) -> TrajectoryResult:
+    """Write `report.html` of a folder that `track` has filled, and return what it holds; no model is loaded.
+
+    Raises:
+        RunFolderError: If the folder holds no trajectory, the file is damaged, or the page cannot be written.
+    """
+    found = TrajectoryResult.load(RunFolder(path).path)
+    with blaming(Path(path), "cannot be rendered", "if trajectory.json was edited, delete it and run `track` again"):
+        trajectory_report(found).save(Path(path) / "report.html")
+    return found

@@ -12,8 +12,9 @@ from neuron_sparsity.pareto import ParetoResult, RuleAnswer
 from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
+from neuron_sparsity.trajectory import TrajectoryResult
 
-__all__ = ["law_lines", "pareto_lines", "side_by_side", "summary_lines"]
+__all__ = ["law_lines", "pareto_lines", "side_by_side", "summary_lines", "trajectory_lines"]
 
 
 def law_lines(fit: LawFit, source: str) -> list[str]:
@@ -248,4 +249,48 @@ def _heldout_lines(heldout: dict[str, Any]) -> list[str]:
         )
     elif not heldout["holds"] and "holding" in heldout:
         lines.append(f"  no shorter set holds there of {heldout['holding_tried']} that were tried")
+    return lines
+
+
+def trajectory_lines(result: TrajectoryResult) -> list[str]:
+    """Return activation sparsity over training, one checkpoint a line, and what is missing.
+
+    Args:
+        result: What was measured, finished or not.
+
+    Returns:
+        Lines without markup.
+    """
+    model, corpus, common = result.model, result.corpus, result.common
+    lines = [
+        f"{len(result.points)} checkpoints of {model.n_layers} x {model.d_mlp} neurons ({model.activation}) on "
+        f"{corpus['name']}, {corpus['n_tokens']:,} tokens in windows of {corpus['window']}"
+    ]
+    if common is None:
+        lines.append("the common CETT is not known yet; the same `track` goes on")
+    elif common.given:
+        lines.append(f"common CETT {common.cett:.4f}, given")
+    else:
+        found = f"{common.ppl_increase_percent:+.3f} % on average over {len(common.checkpoints)} checkpoints"
+        reached = "" if common.reached else f"; {result.p_percent:g} % is not reached by any CETT"
+        lines.append(f"common CETT {common.cett:.4f}: {found} ({', '.join(common.checkpoints)}){reached}")
+    for point in result.points:
+        at, own = point.at(result.cett), point.own
+        if at is None:
+            continue
+        dead = "" if at.dead is None else f", dead {at.dead.dead_ratio:.4f}"
+        alone = f"; {result.name} by itself: " if own is not None else ""
+        if own is not None:
+            alone += f"{own.activation_ratio:.4f} at CETT {own.cett:.4f}" if own.reached else "not reached"
+        lines.append(
+            f"  {point.checkpoint}, {point.tokens:,} tokens: activation ratio {at.activation_ratio:.4f} "
+            f"({at.ppl_increase_percent:+.3f} %), perplexity {point.ppl_dense:.3f}{dead}{alone}"
+        )
+    lines += [f"gap: {gap.checkpoint}, {gap.tokens:,} tokens: {gap.error}" for gap in result.gaps]
+    counted = next((at.dead for point in result.points if (at := point.at(result.cett)) and at.dead), None)
+    if counted is not None:
+        lines.append(
+            f"dead: active on less than {100 * counted.dead_below:g} % of {counted.n_tokens:,} tokens at the common "
+            f"CETT (95 % upper bound of the frequency of one never active: {counted.frequency_bound_95:.1e})"
+        )
     return lines

@@ -28,7 +28,8 @@ def load_weights(
     """Return the folder or hub name, the Hugging Face model in eval mode and its tokenizer.
 
     Args:
-        name: A built-in name, a Hugging Face name, a local folder in HF format or a `.gguf` file.
+        name: A built-in name, a Hugging Face name (with `@REVISION` for one of its revisions), a local folder in HF
+            format or a `.gguf` file.
         dtype: Type of the weights.
         device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None. `"auto"` or a Hugging Face
             `device_map`: spread over devices by accelerate, with what fits none of them on disk.
@@ -104,6 +105,9 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         raise ModelError(f"model {name} is a file; name a folder in Hugging Face format or a .gguf file")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ModelError(f"folder {name} has no config.json; name a folder in Hugging Face format")
+    repository, _, revision = name.partition("@")
+    if repository and revision and not path.exists():
+        return repository, {"revision": revision}
     return name, {}
 
 

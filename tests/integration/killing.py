@@ -1,6 +1,6 @@
 """Kill a run with SIGKILL again and again, take it up again each time, and compare what it ends with.
 
-    python -m tests.integration.killing MODEL TEXT FOLDER record|report ROUNDS SEED
+    python -m tests.integration.killing MODEL TEXT FOLDER record|report|track ROUNDS SEED
 
 The model is loaded once; every attempt is a fork. A child dies before the n-th of its operations on files, for a random
 n, or whenever its parent strikes; after a few deaths it is left alone. One line says what was done; a difference, or
@@ -30,6 +30,7 @@ from neuron_sparsity.pipeline import Run
 from neuron_sparsity.recorder import record
 from neuron_sparsity.run_results import render
 from neuron_sparsity.store import read_json, read_tensors
+from neuron_sparsity.trajectory import track
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.chmod", "os.mkdir")
 FILES = {
@@ -43,6 +44,7 @@ FILES = {
         "passage.json",
         "report.html",
     ),
+    "track": ("run.json", "windows.safetensors", "trajectory.json"),
 }
 
 
@@ -55,6 +57,27 @@ def take_steps(run: Run, what: str) -> None:
     run.ablate(stats, p_percent=1.0, ranking="contribution", replacement="mean", scope="model", seed=0)
     run.passage(result)
     render(run.folder.path)
+
+
+def track_changed(model: Any, windows: Any, folder: Path, progress: Any) -> None:
+    """Track six checkpoints: the model, each with some more neurons of its first layer turned off."""
+    weight = model.model.blocks[0].mlp.out.weight if hasattr(model.model.blocks[0].mlp, "out") else model.w_out(0)
+    whole = weight.detach().clone()
+
+    def checkpoint(n: int) -> Any:
+        with torch.no_grad():
+            weight.copy_(whole)
+            weight.view(-1)[: 40 * n] *= 0.9
+        return model.model
+
+    track(
+        [(f"step{6 - n}", partial(checkpoint, n)) for n in range(6)],
+        windows,
+        folder=folder,
+        tokens_per_step=10,
+        batch_size=1,
+        progress=progress,
+    )
 
 
 def child(work: Callable[[Any], None], inside: Path, die_at: int | None, told: int) -> None:
@@ -150,6 +173,9 @@ def main() -> None:
 
     def make(folder: Path) -> Callable[[Any], None]:
         def work(progress: Any) -> None:
+            if what == "track":
+                track_changed(model, windows, folder, progress)
+                return
             run = Run(model, windows, folder, heldout=what == "report", batch_size=1, progress=progress)
             take_steps(run, what)
 
