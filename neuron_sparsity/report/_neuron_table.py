@@ -65,6 +65,7 @@ def neuron_table(
         '{controls}<div class="rows-scroll" tabindex="0" role="grid" aria-label="All neurons" aria-rowcount="{rows}">'
         '<table role="presentation"><thead role="rowgroup"></thead><tbody role="rowgroup"></tbody></table></div>'
         '<p class="keys">Arrow keys move, Enter opens, Esc closes.</p>'
+        '<p class="keys printed">The rows that were on the screen; the page itself has all.</p>'
         '<div class="detail" role="region" aria-label="The chosen neuron"></div></div>'
         '<script type="application/json">{words}</script>'
         '<script type="application/octet-stream">{data}</script></div>'
