@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 __all__ = ["Explorer", "atlas_columns", "explorer", "flat_indices"]
 
 LARGE = 65_536  # neurons beyond which numbers are stored to 1 % and histograms go along for the chosen part only
-KINDS = ("token detector", "bigram", "trigram", "positional", "prediction", "suppression", "partition")
+KINDS = (
+    "token detector",
+    "bigram detector",
+    "trigram detector",
+    "positional",
+    "prediction",
+    "suppression",
+    "partition",
+)
 _MOST_CHARACTERS = 60  # of a trigger or token
 _NUMBERS = (  # of an atlas: column, name, heading, unit, scale
     ("n_triggers", "triggers", "triggers", "count", "asinh"),

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report._classes import array, layer_labels
 from neuron_sparsity.report._explorer import Explorer, explorer
-from neuron_sparsity.report._fragments import figure
+from neuron_sparsity.report._fragments import figure, folded, pairs
 from neuron_sparsity.report._text import count, join, plain, replacement, script_json, signed, target, visible
 
 if TYPE_CHECKING:
@@ -65,14 +65,16 @@ def neuron_table(
         '{controls}<div class="rows-scroll" tabindex="0" role="grid" aria-label="All neurons" aria-rowcount="{rows}">'
         '<table role="presentation"><thead role="rowgroup"></thead><tbody role="rowgroup"></tbody></table></div>'
         '<p class="keys">Arrow keys move, Enter opens, Esc closes.</p>'
+        '<p class="keys printed">The rows that were on the screen; the page itself has all.</p>'
         '<div class="detail" role="region" aria-label="The chosen neuron"></div></div>'
-        '<script type="application/json">{words}</script>'
+        '{atlas}<script type="application/json">{words}</script>'
         '<script type="application/octet-stream">{data}</script></div>'
     )
     body = shape.format(
         off=_UNAVAILABLE,
         controls=_controls(labels, counts, removed, found),
         rows=found.n_neurons + 1,
+        atlas=_atlas_words(atlas),
         words=script_json(words),
         data=Markup(found.text),  # base64
     )
@@ -121,6 +123,19 @@ def _removal_words(removed: AblationResult) -> str:
         f"perplexity {signed(rise)} on {count(removed.corpus.get('n_tokens'))} tokens of "
         f"{visible(removed.corpus.get('name', '?'))}, of +{target(removed.p_percent)} allowed"
     )
+
+
+def _atlas_words(atlas: Any) -> Markup:
+    """What an Atlas says of itself; a DataFrame says nothing."""
+    meanings = getattr(atlas, "definitions", None)
+    if not meanings:
+        return Markup("")
+    said = [(visible(name), visible(words)) for name, words in meanings.items()]
+    watched = getattr(atlas, "watched", None)
+    if watched:
+        where = f"{visible(watched.get('name', '?'))}, {count(watched.get('n_tokens'))} tokens"
+        said.append(("triggers and positions on", where))
+    return folded("What kinds, triggers and logit effects mean, and what they were measured on", pairs(said))
 
 
 def _caption(stats: NeuronStatistics, active: classes.Activity, found: Explorer) -> Markup:

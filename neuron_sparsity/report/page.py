@@ -111,7 +111,7 @@ def build(
     title: str | None = None,
 ) -> Report:
     """Return the report of a run; see `neuron_sparsity.report.report`."""
-    _require_one_model(stats, result, removed, pareto, damage)
+    _require_one_model(stats, result, removed, pareto, damage, atlas if hasattr(atlas, "model") else None)
     name = visible(title if title is not None else f"MLP neurons of {stats.model.name}")
     sections = [
         _summary(stats, result, removed),

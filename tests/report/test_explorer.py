@@ -133,6 +133,18 @@ def test_an_atlas_object_is_taken_by_its_table(run: Run) -> None:
     assert neuron_table(run.stats, atlas=SimpleNamespace(table=atlas)) == neuron_table(run.stats, atlas=atlas)
 
 
+def test_an_atlas_says_what_it_was_measured_on(run: Run) -> None:
+    watched = {"name": "<b>speeches", "n_tokens": 4096}
+    parts = {"table": make_atlas(run.stats), "model": run.stats.model, "watched": watched}
+    atlas = SimpleNamespace(**parts, definitions={"triggers": "at most 5 cover <95 %"})
+    html = report(run.stats, atlas=atlas).html
+    assert "<dt>triggers</dt><dd>at most 5 cover &lt;95 %</dd>" in html
+    assert "<dd>&lt;b&gt;speeches, 4,096 tokens</dd>" in html
+    atlas.model = SimpleNamespace(**{**vars(run.stats.model), "fingerprint": "other"})
+    with pytest.raises(ValueError, match="different models: fingerprint c0ffee and other"):
+        report(run.stats, atlas=atlas)
+
+
 def test_examples_are_chosen_from_every_layer_and_those_asked_for_are_among_them(full_run: Run) -> None:
     active = classes.activity(full_run.stats, full_run.result)
     found = explorer(full_run.stats, active)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from neuron_sparsity.report import _classes as classes
-from neuron_sparsity.report import report
+from neuron_sparsity.report import compare, report
 from neuron_sparsity.report.page import Section, render
 from neuron_sparsity.report.views import neuron_table
 from tests.report.chromium import CHROMIUM, Chromium
@@ -197,6 +197,24 @@ def test_hostile_text_is_shown_as_text(browser: Chromium, policy: bool) -> None:
 def test_nothing_is_wider_than_the_window(browser: Chromium, run: Run, width: int) -> None:
     shown(browser, run, atlas=make_atlas(run.stats), width=width, whole=True)
     assert browser.run("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_runs_side_by_side_fit_and_ask_for_nothing(browser: Chromium, width: int) -> None:
+    runs = {}
+    for place, attack in enumerate(ATTACKS[:3]):
+        run = make_run(n_layers=4 + place, name=attack)
+        runs[attack] = {"stats": run.stats, "result": run.result, "removed": run.removed}
+    browser.logged.clear()
+    browser.requested.clear()
+    browser.open(compare(runs, title="Untouched").html, width=width)
+    assert browser.run("document.title") == "Untouched"
+    assert browser.run("document.documentElement.scrollWidth") <= width
+    heads = browser.run("[...document.querySelectorAll('.side-by-side thead th')].map((cell) => cell.textContent)")
+    assert heads == ["", *(f"{letter} · {attack}" for letter, attack in zip("ABC", ATTACKS, strict=False))]
+    assert browser.run("document.querySelectorAll('img, [onload], [onerror]').length") == 0
+    assert browser.logged == []
+    assert all(url.startswith(("file:", "about:")) for url in browser.requested)
 
 
 def test_without_decompression_the_page_says_so(browser: Chromium, run: Run) -> None:
