@@ -55,6 +55,7 @@ from neuron_sparsity.options import (
     Seed,
     Text,
     Tokens,
+    WithAtlas,
     check_question,
     check_rules,
 )
@@ -99,6 +100,7 @@ def report(
     dtype: Dtype = "float32",
     backend: Kernels = "auto",
     seed: Seed = 0,
+    atlas: WithAtlas = True,
     compare: Compare = None,
     neurons: Neurons = None,
     trust_remote_code: RemoteCode = False,
@@ -129,6 +131,8 @@ def report(
         removed = run.ablate(stats, p_percent=p, ranking=ranking, replacement=replacement, scope=scope, seed=seed)
         if result.reached:  # else its thresholds cut everything
             run.passage(result)
+        if atlas:
+            run.atlas(stats, active=result.name if result.reached else "nonzero")
         render(run.folder.path)
     conclude(run.folder.path, result, stats, removed, quiet=quiet, as_json=as_json)
 

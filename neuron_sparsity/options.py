@@ -103,6 +103,9 @@ Compare = Annotated[
     list[Path] | None,
     typer.Option("--compare", help="Run folders, two or more: one page with them side by side, without a model."),
 ]
+WithAtlas = Annotated[
+    bool, typer.Option("--atlas/--no-atlas", help="Find what kind of neuron each one is, for the table of neurons.")
+]
 Neurons = Annotated[
     list[str] | None,
     typer.Option("--neurons", help="Of a run folder: LAYER:NEURON whose examples must be on the page."),

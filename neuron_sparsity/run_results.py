@@ -19,6 +19,7 @@ from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, blaming, read_json
+from neuron_sparsity.taxonomy import ATLAS_FILE, Atlas
 from neuron_sparsity.trajectory import TrajectoryResult
 from neuron_sparsity.truncation import TokenActivity
 from neuron_sparsity.typed import checked
@@ -27,7 +28,9 @@ __all__ = ["applied_results", "load_run", "means_of", "render", "render_comparis
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
-    """Return what a run folder holds: `stats`, `result`, `removed`, `passage`, `pareto`, `damage`; None if not there.
+    """Return what a run folder holds, or None for it.
+
+    `stats`, `result`, `removed`, `passage`, `pareto`, `damage`, `atlas`.
 
     Raises:
         RunFolderError: If it is no run folder, or a file in it is damaged or newer.
@@ -46,6 +49,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
         data = read_json(file) if folder.has(name) else None
         with blaming(file):
             found[key] = None if data is None else checked(build(data))
+    found["atlas"] = Atlas.load(folder.path) if folder.has(ATLAS_FILE) else None
     return found
 
 
@@ -114,7 +118,7 @@ def render(
     flat_indices(found["stats"], places)
     mend = "if a file in it was edited, delete that file and run its step again"
     with blaming(Path(path), "cannot be rendered", mend):
-        parts = {name: found.get(name) for name in ("passage", "pareto", "damage")}
+        parts = {name: found.get(name) for name in ("passage", "pareto", "damage", "atlas")}
         page = report(found["stats"], found["result"], found["removed"], neurons=places, **parts)
         page.save(Path(path) / "report.html")
     return page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 from neuron_sparsity import __version__
 from neuron_sparsity.cli import DEFAULT_MODEL, one_flag_a_text
 from neuron_sparsity.kernels import OPS
+from neuron_sparsity.report._packed import unpack
+from neuron_sparsity.taxonomy import Atlas
 
 FILES = {
     "run.json",
@@ -395,3 +398,29 @@ def test_device_auto_without_accelerate(
     complaint = measure("record", "--device", "auto", "--out", tmp_path / "run").error()
     assert "needs the package accelerate" in complaint
     assert not (tmp_path / "run").exists()
+
+
+def test_report_finds_what_kind_of_neuron_each_one_is_and_shows_it(
+    measure: Callable[..., Any], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    run, without = tmp_path / "run", tmp_path / "without"
+    assert measure("report", "--out", run, "--quiet").code == 0
+    assert measure("report", "--no-atlas", "--out", without, "--quiet").code == 0
+    assert not (without / "atlas.parquet").exists()
+    made = Atlas.load(run)
+    assert "n_triggers" in made.table
+    assert "top_logit_tokens" in made.table
+    for folder, expected in ((run, True), (without, False)):
+        header, _ = packed_table(folder / "report.html")
+        assert ("position_information_bits" in {column["key"] for column in header["columns"]}) is expected
+    first = packed_table(run / "report.html")[0]
+    (run / "report.html").unlink()
+    assert cli("report", run, "--quiet").code == 0
+    assert packed_table(run / "report.html")[0] == first  # rendered again, it is still there
+
+
+def packed_table(page: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the header and the columns of a page's table of neurons."""
+    found = re.search(r'<script type="application/octet-stream">([^<]+)</script>', page.read_text(encoding="utf-8"))
+    assert found is not None
+    return unpack(found[1])

@@ -99,6 +99,7 @@ READERS: dict[str, list[str]] = {
     "trajectory.json": ["fit", "fit", "render"],
     "statistics.safetensors": ["render", "rank", "rank", "rank as JSON", "report", "record"],
     "saliency.safetensors": ["rank by gradients"],
+    "atlas.parquet": ["render", "report"],
     "windows.safetensors": ["report"],
     "record.partial.safetensors": ["record"],
 }
@@ -112,7 +113,9 @@ def test_damaged_files(name: str, data: st.DataObject, jail: Any, cli: Any, meas
     path = folder / name
     if name == recorder.PARTIAL:
         (folder / "statistics.safetensors").unlink()
-    how = damage.damaged_json if path.suffix == ".json" else damage.damaged_safetensors
+    how = {".json": damage.damaged_json, ".safetensors": damage.damaged_safetensors}.get(
+        path.suffix, damage.damaged_bytes
+    )
     path.write_bytes(data.draw(how(path.read_bytes())))
     command = data.draw(st.sampled_from(READERS[name]))
     with damage.guarded(folder):
