@@ -141,12 +141,22 @@ def _load_hf(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
         hf_model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **(placed or {}))
+        if "revision" in options:  # TransformerLens loads the tokenizer once more by this name, and knows no revision
+            tokenizer.name_or_path = tokenizer.init_kwargs["name_or_path"] = _snapshot(folder, options["revision"])
     except Exception as error:
         raise ModelError(f"model {name!r} cannot be loaded: {first_line(error)}; {_how_to_mend(name)}") from error
     finally:
         if bars:
             hf_logging.enable_progress_bar()
     return hf_model, tokenizer
+
+
+def _snapshot(repository: str, revision: str) -> str:
+    """Return the folder of the local cache that a revision was loaded from."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repository, "config.json", revision=revision)
+    return str(Path(found).parent) if isinstance(found, str) else repository
 
 
 def _require_gguf(name: str) -> None:

@@ -56,9 +56,9 @@ def ratio_over_training(result: TrajectoryResult, fit: LawFit | str) -> str:
         trained = [tokens for tokens, _ in common if tokens > 0]
         places = np.linspace(min(trained), max(trained), _CURVE_POINTS).tolist()
         curve = fit.predict(places)
-        lines = [(curve.mean, "line"), (curve.low, "line thin dashed"), (curve.high, "line thin dashed")]
+        drawn = ((curve.mean, "line"), (curve.low, "line thin dashed"), (curve.high, "line thin dashed"))
         # A band that is told badly would flatten everything else.
-        lines = [(np.clip(values, min(heights) - 0.2, max(heights) + 0.2).tolist(), style) for values, style in lines]
+        lines = [(np.clip(values, min(heights) - 0.2, max(heights) + 0.2).tolist(), style) for values, style in drawn]
         heights += [y for values, _ in lines for y in values]
     title = f"Activation ratio over training tokens, {count(len(shown))} checkpoints"
     chart = Chart(x, linear_axis(heights, "activation ratio"), title, height=340.0)

@@ -26,7 +26,7 @@ from neuron_sparsity.trajectory.result import (
     TrajectoryPoint,
     TrajectoryResult,
 )
-from neuron_sparsity.trajectory.track import track
+from neuron_sparsity.trajectory.tracker import track
 
 __all__ = [
     "Checkpoint",

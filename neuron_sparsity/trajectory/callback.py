@@ -26,7 +26,7 @@ from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import ModelError, RunFolderError
 from neuron_sparsity.trajectory.checkpoints import Checkpoint
 from neuron_sparsity.trajectory.result import TrajectoryResult
-from neuron_sparsity.trajectory.track import Tracker
+from neuron_sparsity.trajectory.tracker import Tracker
 
 __all__ = ["SparsityCallback"]
 

@@ -94,7 +94,9 @@ def test_revisions_of_the_cache(
         (repository / "refs" / f"step{n}").write_text(commit)
     names = ["someone/model@step1", "someone/model@step3", "someone/model@step5"]
     options = ("--text", text_file, *SIZES, "--tokens-per-step", "100", "--cett", "0.1")
-    by_name = cli("track", *names, *options, "--out", tmp_path / "names", "--json").json
+    done = cli("track", *names, *options, "--out", tmp_path / "names", "--json")
+    assert done.code == 0, done.err
+    by_name = done.json
     folders = [checkpoints[0], checkpoints[2]]
     by_folder = cli("track", *folders, *options, "--out", tmp_path / "folders", "--json").json
     assert [point["checkpoint"] for point in by_name["points"]] == names[:2]

@@ -13,7 +13,7 @@ import torch
 
 from neuron_sparsity.errors import ModelError, RunFolderError
 from neuron_sparsity.trajectory import SparsityCallback, TrajectoryResult, track
-from neuron_sparsity.trajectory.track import Tracker
+from neuron_sparsity.trajectory.tracker import Tracker
 
 BATCH, LENGTH = 4, 32
 PER_STEP = BATCH * LENGTH

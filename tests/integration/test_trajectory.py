@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import math
 import weakref
@@ -21,10 +20,8 @@ from neuron_sparsity.laws import read_points
 from neuron_sparsity.perplexity import perplexity
 from neuron_sparsity.recorder import record
 from neuron_sparsity.sparsity import cett_ppl_sparsity, sparsify
-from neuron_sparsity.trajectory import SparsityAt, TrajectoryResult, track
+from neuron_sparsity.trajectory import SparsityAt, TrajectoryResult, track, tracker
 from neuron_sparsity.trajectory.measure import LAST, common_cett
-
-track_module = importlib.import_module("neuron_sparsity.trajectory.track")
 
 STEP = 1000
 
@@ -59,7 +56,7 @@ def seven(checkpoint: Callable[..., Any]) -> list[tuple[str, Callable[[], Any]]]
 @pytest.fixture
 def last_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """The common CETT is searched on two checkpoints, which is quicker than on five."""
-    monkeypatch.setattr(track_module, "LAST", 2)
+    monkeypatch.setattr(tracker, "LAST", 2)
 
 
 @pytest.fixture(scope="module")
