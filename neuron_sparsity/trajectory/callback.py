@@ -47,7 +47,7 @@ class SparsityCallback(TrainerCallback):
         tokens_per_step: Training tokens of one optimizer step, over all processes. Not needed where the Trainer counts
             them: `TrainingArguments(include_num_input_tokens_seen="all")`.
         p_percent: Rise of perplexity, > 0.
-        cett: CETT common to all steps, in (0, 1]; searched on the last five when training ends if None.
+        cett: CETT common to all steps, in [1e-6, 1]; searched on the last five when training ends if None.
         tokenizer: Of the model; the Trainer's `processing_class` if None.
         keep_weights: Whether `FOLDER/weights` stays when all is measured.
         device: That the copy is measured on; the first GPU if there is one, else the CPU, if None.

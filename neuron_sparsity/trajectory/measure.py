@@ -134,7 +134,7 @@ def common_cett(
         measure: `f(label, cett)`: a truncated pass over one of them.
     """
     # The rise of each goes like a power of the CETT, through what was measured at its own: where their mean is p.
-    rises = [max(found.ppl_increase_percent, 0.01 * p_percent) * found.cett**-_SLOPE for found in own]
+    rises = [max(found.ppl_increase_percent, 0.01 * p_percent, 1e-12) * found.cett**-_SLOPE for found in own]
     guess = float((p_percent / np.mean(rises)) ** (1 / _SLOPE))
     passes = _JointPasses(labels, measure)
     goal = Goal(p_percent, "ppl", _TOLERANCE * p_percent, n_scored * len(labels), closely=False)

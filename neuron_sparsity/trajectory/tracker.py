@@ -36,6 +36,7 @@ Corpus = Windows | str | Path | Callable[[Any], Windows]
 """Windows; a text as `load_corpus` takes it; or `f(model)` that makes windows for the tokenizer of a model."""
 
 _MAX_WINDOW_BYTES = 64 << 20
+_MIN_CETT = 1e-6
 
 
 def track(
@@ -61,7 +62,7 @@ def track(
             any order. `checkpoint_schedule` lists those of Pythia and the CRFM GPT-2s.
         corpus: Windows, a text as `load_corpus` takes it, or a function from a model to windows.
         p_percent: Rise of perplexity, > 0.
-        cett: CETT common to all checkpoints, in (0, 1]; searched on the last five if None.
+        cett: CETT common to all checkpoints, in [1e-6, 1]; searched on the last five if None.
         training_tokens: Training tokens of each label; those that it lacks are read from the label.
         tokens_per_step: Training tokens of one step, for labels such as `step1000`.
         folder: Where `trajectory.json` is written after every visit, and what a new run goes on from.
@@ -133,8 +134,10 @@ class Tracker:
     ) -> None:
         if not (math.isfinite(p_percent) and p_percent > 0):
             raise ValueError(f"p must be a positive number of percent, got {p_percent}")
-        if cett is not None and not 0 < cett <= 1:
-            raise ValueError(f"cett must be in (0, 1], got {cett}; None searches it on the last {LAST} checkpoints")
+        if cett is not None and not _MIN_CETT <= cett <= 1:
+            raise ValueError(
+                f"cett must be in [{_MIN_CETT:g}, 1], got {cett}; None searches it on the last {LAST} checkpoints"
+            )
         if load["dtype"] not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {load['dtype']!r}")
         if not (isinstance(corpus, Windows | str | Path) or callable(corpus)):

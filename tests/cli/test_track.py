@@ -112,7 +112,7 @@ def test_revisions_of_the_cache(
         ((), "--tokens-per-step"),
         (("--tokens-per-step", "0"), "tokens_per_step must be a positive"),
         (("--tokens-per-step", "1", "--p", "0"), "--p must be a positive"),
-        (("--tokens-per-step", "1", "--cett", "2"), "cett must be in (0, 1]"),
+        (("--tokens-per-step", "1", "--cett", "2"), "cett must be in [1e-06, 1]"),
         (("--tokens-per-step", "1", "--dtype", "int8"), "dtype must be"),
         (("--tokens-per-step", "1", "--tokens", "0"), "--tokens must be at least 1"),
         (("--tokens-per-step", "1", "--every", "0"), "--every must be at least 1"),

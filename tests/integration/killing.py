@@ -60,7 +60,7 @@ def take_steps(run: Run, what: str) -> None:
 
 
 def track_changed(model: Any, windows: Any, folder: Path, progress: Any) -> None:
-    """Track six checkpoints: the model, each with some more neurons of its first layer turned off."""
+    """Track three checkpoints: the model, each with some more neurons of its first layer turned off."""
     weight = model.model.blocks[0].mlp.out.weight if hasattr(model.model.blocks[0].mlp, "out") else model.w_out(0)
     whole = weight.detach().clone()
 
@@ -71,7 +71,7 @@ def track_changed(model: Any, windows: Any, folder: Path, progress: Any) -> None
         return model.model
 
     track(
-        [(f"step{6 - n}", partial(checkpoint, n)) for n in range(6)],
+        [(f"step{3 - n}", partial(checkpoint, n)) for n in range(3)],
         windows,
         folder=folder,
         tokens_per_step=10,

@@ -301,7 +301,7 @@ def test_windows_are_cut_with_the_tokenizer_of_the_last_that_loads(seven: Any, t
 def test_bad_arguments(seven: Any, windows: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="p must be a positive number"):
         track(seven, windows, tokens_per_step=10, p_percent=0)
-    with pytest.raises(ValueError, match=r"cett must be in \(0, 1\]"):
+    with pytest.raises(ValueError, match=r"cett must be in \[1e-06, 1\]"):
         track(seven, windows, tokens_per_step=10, cett=1.5)
     with pytest.raises(ValueError, match="dtype"):
         track(seven, windows, tokens_per_step=10, dtype="int8")
