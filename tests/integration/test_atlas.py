@@ -280,7 +280,8 @@ def test_effects_predict_what_the_model_does(make_case: Callable[..., SimpleName
     moved, centred = moved - moved.mean(), effect - effect.mean()
     # The norm's scale shrinks too: what is left of the change, beside that along the logits themselves, is the effect.
     own = logits(0.0).numpy()
-    bias = case.adapter.logits(case.model.ln_final(torch.zeros(1, 1, 32))[0])[0].double().numpy()
+    with torch.no_grad():
+        bias = case.adapter.logits(case.model.ln_final(torch.zeros(1, 1, 32))[0])[0].double().numpy()
     basis = np.stack([centred, own - bias, np.ones(300)], axis=1)
     solution, *_ = np.linalg.lstsq(basis, moved, rcond=None)
     assert solution[0] > 0
