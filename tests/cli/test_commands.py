@@ -29,6 +29,7 @@ FILES = {
     "statistics.safetensors",
     "saliency.safetensors",
     "ablation.json",
+    "atlas.parquet",
     "passage.json",
     "windows.safetensors",
     "report.html",

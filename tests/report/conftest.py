@@ -126,10 +126,6 @@ def make_run(
         token_strings=dict(enumerate(words)),
         activation_frequency_at=lambda threshold: torch.from_numpy(above / n_tokens),
     )
-    stats.histogram = torch.zeros(*above.shape, 64, dtype=torch.int64)
-    stats.histogram[:, :, 0] = stats.zero_count
-    stats.histogram[:, :, 36] = (n_tokens - stats.zero_count) // 3
-    stats.histogram[:, :, 39] = n_tokens - stats.zero_count - stats.histogram[:, :, 36]
     ratio = above.mean(axis=1) / n_tokens
     result = make_result(info, text, thresholds[:, 0], ratio)
     removed = make_removed(info, text, stats)

@@ -330,9 +330,17 @@ def test_cett_curves_draw_every_layer(results: Results) -> None:
 
 
 def test_histogram_of_a_neuron_is_the_recorded_one(results: Results) -> None:
-    stats = results.run.stats
+    stats = SimpleNamespace(**vars(results.run.stats))
+    n = stats.n_tokens
+    loud = n - stats.zero_count
+    stats.histogram = torch.zeros(*loud.shape, 64, dtype=torch.int64)
+    stats.histogram[:, :, 0], stats.histogram[:, :, 36], stats.histogram[:, :, 39] = (
+        n - loud,
+        loud // 3,
+        loud - loud // 3,
+    )
     view = viz.histogram(stats, NEURON)
-    zeros, n = int(stats.zero_count[1, 7]), stats.n_tokens
+    zeros = int(stats.zero_count[1, 7])
     third = (n - zeros) // 3
     bars = view.figure().axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx([100 * third / n, 100 * (n - zeros - third) / n])
