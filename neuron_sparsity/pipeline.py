@@ -148,9 +148,10 @@ class Run:
         if parallel.agreed("whether statistics.safetensors is there", self.folder.has("statistics.safetensors")):
             stats = NeuronStatistics.load(self.folder.path)
             path = self.folder.file("statistics.safetensors")
-            sha = decode(path, lambda: str(stats.corpus["sha256"]))
+            model, sha = decode(path, lambda: (stats.model.fingerprint, str(stats.corpus["sha256"])))
             whole = result is None and sha in (self.calibration.sha256, self.windows.sha256)
-            if whole or (result is not None and sha == self.calibration.sha256 and _same_thresholds(stats, result)):
+            same = whole or (result is not None and sha == self.calibration.sha256 and _same_thresholds(stats, result))
+            if same and model == self.adapter.info.fingerprint:
                 if parallel.leads():
                     drop_finished(self.folder.path)
                 return stats

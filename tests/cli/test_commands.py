@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from neuron_sparsity import __version__
 from neuron_sparsity.cli import DEFAULT_MODEL, one_flag_a_text
 from neuron_sparsity.kernels import OPS
 from neuron_sparsity.report._packed import unpack
+from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.taxonomy import Atlas
 
 FILES = {
@@ -418,6 +420,17 @@ def test_report_finds_what_kind_of_neuron_each_one_is_and_shows_it(
     (run / "report.html").unlink()
     assert cli("report", run, "--quiet").code == 0
     assert packed_table(run / "report.html")[0] == first  # rendered again, it is still there
+
+
+def test_a_recording_of_other_weights_is_recorded_anew(
+    measure: Callable[..., Any], whole_run: Callable[[], Path]
+) -> None:
+    folder = whole_run()
+    whole = NeuronStatistics.load(folder)
+    replace(whole, model=replace(whole.model, fingerprint="0" * 16)).save(folder)
+    done = measure("report", "--out", folder)
+    assert (done.code, done.err) == (0, "")
+    assert NeuronStatistics.load(folder).model == whole.model
 
 
 def packed_table(page: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,7 +19,7 @@ MORE = hypothesis.settings().max_examples // 50
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the model is loaded once and every attempt is a fork")
 @pytest.mark.parametrize(
-    ("what", "rounds"), [("record", 200 if MORE > 1 else 10), ("report", 2 * MORE), ("track", 2 * MORE)]
+    ("what", "rounds"), [("record", 200 if MORE > 1 else 10), ("report", 2 * MORE), ("track", 6 if MORE > 1 else 2)]
 )
 def test_killed_runs_lose_nothing(
     what: str,
