@@ -1,7 +1,7 @@
 # Every target sets up what it needs in .venv and is fast the second time. Nothing is installed outside this folder.
 #   make report      measure the built-in model and write runs/smollm2-135m-sotu/report.html
 #   make test        the tests, on two cores
-#   make soak        the fuzzed runs, five times as many, and the killed, sixteen times (200 killed and taken up again)
+#   make soak        the fuzzed and the killed runs, sixteen times as many (200 runs killed and taken up again)
 #   make test-eval   the tests of downstream tasks; installs lm-eval into .venv first (210 MB)
 #   make check       ruff and mypy
 #   make bench       the benchmarks

@@ -90,7 +90,7 @@ class AblationResult:
         cost: `forward_passes` over the calibration part, all in all, each counted once; `seconds` of this call.
         provenance: Versions, seed, command.
         ranking_sha256: Hash of the order of removal.
-        resolved: Whether the search ended by itself: the next larger count measured to cost more is 3 % further on
+        resolved: Whether the search ended by itself: the next larger count measured to cost more is 1 % further on
             at most, or next to it, and none up to 25 % above holds. If not, its passes were spent.
         per_p: What was found for each p that was asked for together.
     """

@@ -8,7 +8,7 @@ The next step follows from what was measured alone:
    many windows are run, up to all. Where a count near it was measured on all windows, its difference there takes away
    most of the error (regression on a control variate).
 2. The next count comes from log(rise) against log(count), between the largest count that seems to hold and the smallest
-   above it that does not, until these two are 3 % apart, or neighbours, and both measured on all windows.
+   above it that does not, until these two are 1 % apart, or neighbours, and both measured on all windows.
 3. The curve need not be monotone: counts 5, 12 and 25 % above the answer are measured too, and one that holds
    becomes the answer, from which the search goes on.
 """
@@ -36,7 +36,7 @@ from neuron_sparsity.tally import DENSE, Measured, control_key, prefix_key
 __all__ = ["PrefixSearch", "Removals", "order_hash", "step_at"]
 
 _CLEAR = 2.0  # standard errors
-_RESOLUTION = 0.03  # of a count: rounding alone moves the rise by 3 % of itself at 5,000 tokens (docs/measured.md)
+_RESOLUTION = 0.01
 _BEYOND = (1.05, 1.12, 1.25)
 _SMALL_BANK = 4096  # neurons
 _CROWD = 4  # measured counts so near the answer: from there on the bracket is halved
@@ -48,7 +48,7 @@ def order_hash(ranking: Ranking) -> str:
 
 
 def step_at(n: int) -> int:
-    """Return how near two counts about n are taken for the same place: 3 %, or neighbours."""
+    """Return how near two counts about n are taken for the same place: 1 %, or neighbours."""
     return max(1, math.floor(_RESOLUTION * n))
 
 

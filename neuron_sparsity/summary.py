@@ -203,7 +203,7 @@ def _removal_lines(removed: AblationResult) -> list[str]:
     elif removed.n_removable == 0:
         lines.append("  already the weakest neuron of this ranking costs more")
     if not removed.resolved:
-        lines.append("  the passes of the search were spent before it was known to 3 %: more may go")
+        lines.append("  the passes of the search were spent before it was known to 1 %: more may go")
     if removed.control is not None:
         lines.append(_control_line(removed.control))
     elif removed.n_removable:

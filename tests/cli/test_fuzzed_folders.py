@@ -19,7 +19,7 @@ from tests.cli import damage
 
 # Nothing is made smaller: an example is one damage already, and each takes a tenth of a second.
 FUZZ = settings(
-    max_examples=min(60, settings().max_examples // 4),
+    max_examples=settings().max_examples // 4,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
     phases=[Phase.explicit, Phase.generate],
 )

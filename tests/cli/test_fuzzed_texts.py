@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.cli import damage
 
 FUZZ = settings(
-    max_examples=min(60, settings().max_examples // 4),
+    max_examples=settings().max_examples // 4,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     phases=[Phase.explicit, Phase.generate],
 )

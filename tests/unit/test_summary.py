@@ -133,7 +133,7 @@ def test_a_removal_says_what_it_does_not_know(removed: AblationResult) -> None:
     everything = summary_lines(None, None, replace(removed, reached=False, control=None, resolved=False))
     assert everything[2:5] == [
         "  1 % is not reached: no set that was tried costs more",
-        "  the passes of the search were spent before it was known to 3 %: more may go",
+        "  the passes of the search were spent before it was known to 1 %: more may go",
         "  no control: nothing is known of what as many random neurons cost",
     ]
 
