@@ -4,8 +4,8 @@
 2. **Train.** Every model of the configuration with every activation function and seed, by the Hugging Face `Trainer`
    with a warm-up, a stable and a decay phase; checkpoints log-spaced at first (`training`). Only what the grid varies
    differs: the windows, their number and the schedule are the same.
-3. **Follow.** `track` over the checkpoints of each, by Appendix E of arXiv:2411.02335, on the held-out text; and, at the
-   end of the stable phase, which neurons are active how often and on which tokens (`measuring`).
+3. **Follow.** `track` over the checkpoints of each, by Appendix E of arXiv:2411.02335, on the held-out text; and, at
+   the end of the stable phase, which neurons are active how often and on which tokens (`measuring`).
 4. **Fit.** Both laws to the stable phase of each; the limit over width-depth ratio and scale; the spread over seeds;
    agreement on tokens (`fitting`).
 

@@ -8,20 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import TrainerCallback
 
 from neuron_sparsity.errors import MeasurementError
 from neuron_sparsity.parallel import launched
@@ -36,8 +28,10 @@ _NOT_WEIGHTS = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "traini
 _LOGGED = 100  # losses a run keeps
 
 
-def llama_config(shape: ModelShape, activation: str, config: StudyConfig) -> LlamaConfig:
+def llama_config(shape: ModelShape, activation: str, config: StudyConfig) -> Any:
     """Return the configuration of a model: Llama with gated MLPs of the given activation function."""
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         vocab_size=config.text.vocab,
         hidden_size=shape.d_model,
@@ -63,6 +57,8 @@ def parameter_counts(shape: ModelShape, config: StudyConfig) -> dict[str, int]:
         >>> parameter_counts(tiny.models[0], tiny)
         {'total': 411348, 'non_embedding': 325332}
     """
+    from transformers import LlamaForCausalLM
+
     with torch.device("meta"):
         model = LlamaForCausalLM(llama_config(shape, config.activations[0], config))
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -97,9 +93,14 @@ def train(
 
     Raises:
         MeasurementError: If the loss is no number any more.
+        ValueError: If the batch cannot be shared among the processes, or accelerate is not installed.
     """
     if trained(folder, config):
         return
+    if find_spec("accelerate") is None:
+        raise ValueError('training needs the package accelerate: pip install "neuron-sparsity[study]"')
+    from transformers import LlamaForCausalLM, PrinterCallback, Trainer, default_data_collator, set_seed
+
     last = _last_whole(folder, keep=launched()[0] > 0)
     set_seed(run.seed)
     model = LlamaForCausalLM(llama_config(run.model, run.activation, config))
@@ -159,7 +160,9 @@ class _OnSchedule(TrainerCallback):
             )
 
 
-def _arguments(run: RunPlan, config: StudyConfig, folder: Path, cpu: bool) -> TrainingArguments:
+def _arguments(run: RunPlan, config: StudyConfig, folder: Path, cpu: bool) -> Any:
+    from transformers import TrainingArguments
+
     plan = config.training
     each = plan.device_batch * launched()[1]
     if plan.batch % each:
