@@ -86,9 +86,9 @@ def _say_plan(config: StudyConfig, *, as_json: bool) -> None:
     plan = config.training
     say(f"{config.name}: {config.about}")
     say(
-        f"{len(config.runs())} runs of {plan.steps:,} steps of {config.tokens_per_step:,} tokens: {plan.warmup_steps:,} "
-        f"of warm-up, {plan.decay_steps:,} of decay; {len(plan.checkpoint_steps())} checkpoints; text: "
-        f"{', '.join(config.text.source)}"
+        f"{len(config.runs())} runs of {plan.steps:,} steps of {config.tokens_per_step:,} tokens: "
+        f"{plan.warmup_steps:,} of warm-up, {plan.decay_steps:,} of decay; {len(plan.checkpoint_steps())} "
+        f"checkpoints; text: {', '.join(config.text.source)}"
     )
     for row in rows:
         counts = row["parameters"]
