@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import random
 from pathlib import Path
 from typing import Any
 
-from neuron_sparsity.study import StudyConfig, study
+import torch
 
-PROBE = "scale"
+from neuron_sparsity.sparsity import LayerThreshold
+from neuron_sparsity.study import RunPlan, StudyConfig, StudyResult, fitting, load_config, study
+from neuron_sparsity.study.measuring import Patterns
+from neuron_sparsity.trajectory import (
+    CommonCett,
+    DeadShare,
+    Gap,
+    SparsityAt,
+    TrackedModel,
+    TrajectoryPoint,
+    TrajectoryResult,
+)
 
 
 def a_text(folder: Path, n_sentences: int = 900) -> Path:
@@ -63,3 +76,103 @@ def a_config(text: Path, **training: Any) -> StudyConfig:
 def run(config: StudyConfig, folder: Path, **options: Any) -> Any:
     """Run a study on the CPU."""
     return study(config, folder, device="cpu", **options)
+
+
+@functools.cache
+def a_result(mark: str = "", *, n_points: int = 14, told: bool = True) -> StudyResult:
+    """Return a study whose points were made up: ReLU's law falling, SiLU's rising, over shapes, scales and seeds.
+
+    Args:
+        mark: Put into every name that comes from outside.
+        n_points: Checkpoints a run.
+        told: Whether the curves reach their limits.
+    """
+    config = StudyConfig.from_json(
+        a_file(Path("speech.txt"))
+        | {"activations": ["relu", "silu"]}
+        | {"models": [_shape(n, d, (0, 1, 2) if (n, d) == (4, 84) else (0,)) for n, d in _SHAPES]}
+        | {"training": load_config("tiny").to_json()["training"] | {"checkpoints": n_points}}
+    )
+    trajectories = {run.name: _trajectory(config, run, mark, told=told) for run in config.runs()}
+    patterns = {run.name: _patterns(run) for run in config.runs()}
+    runs = [
+        fitting.run_found(
+            run,
+            config,
+            trajectories[run.name],
+            patterns[run.name],
+            parameters={"total": 1000 + 12 * run.model.n_layers * run.model.d_model**2, "non_embedding": _size(run)},
+            losses=[{"step": 1, "loss": 3.0, "learning_rate": 0.1}],
+        )
+        for run in config.runs()
+    ]
+    facts = {"source": f"speech{mark}", "train_tokens": 1_024_000, "train_documents": 70, "vocab": 1024}
+    facts |= {"train_sha256": "ab" * 32, "heldout_documents": 7}
+    facts |= {"heldout": {"n_tokens": 4096, "window": 128, "sha256": "cd" * 32}}
+
+    class Tokenizer:
+        def decode(self, ids: list[int]) -> str:
+            return f"t{ids[0]}{mark}"
+
+    return StudyResult(
+        config=config.to_json() | {"name": f"made up{mark}"},
+        text=facts,
+        runs=tuple(runs),
+        missing=(f"later{mark}",),
+        spreads=fitting.spreads(runs),
+        series=fitting.series(runs),
+        agreements=fitting.agreements(runs, patterns, Tokenizer()),
+        frequency_edges=fitting.frequency_edges(4096),
+        provenance={"versions": {"python": "3"}, "seed": 0, "command": mark},
+    )
+
+
+_SHAPES = ((4, 84), (8, 60), (3, 96), (2, 120), (1, 168), (2, 36), (3, 60))
+
+
+def _shape(n_layers: int, d_model: int, seeds: tuple[int, ...]) -> dict[str, Any]:
+    small = (n_layers, d_model) in _SHAPES[-2:]
+    series = ["scale"] if small else ["width_depth"]
+    return {
+        "name": f"m{n_layers}.{d_model}",
+        "n_layers": n_layers,
+        "d_model": d_model,
+        "d_mlp": 5 * d_model // 2,
+        "n_heads": d_model // 12,
+        "seeds": list(seeds),
+        "series": [*series, "scale"] if (n_layers, d_model) == (4, 84) else series,
+    }
+
+
+def _size(run: RunPlan) -> int:
+    return 12 * run.model.n_layers * run.model.d_model**2
+
+
+def _limit(run: RunPlan) -> float:
+    ratio = min(run.model.width_depth_ratio, 50.0)
+    return (0.10 if run.activation == "relu" else 0.35) + 0.001 * ratio + 0.002 * run.seed
+
+
+def _trajectory(config: StudyConfig, run: RunPlan, mark: str, *, told: bool) -> TrajectoryResult:
+    points = []
+    for step in config.training.checkpoint_steps():
+        tokens = step * config.tokens_per_step
+        done = tokens / (config.training.steps * config.tokens_per_step)
+        left = math.exp(-(6.0 if told else 0.5) * done)
+        ratio = _limit(run) + (0.2 * left if run.activation == "relu" else -0.02 * done**-0.6 * (1 if told else 3))
+        layers = tuple(LayerThreshold(layer, 0.1, 0.2, ratio, 1.0) for layer in range(run.model.n_layers))
+        dead = DeadShare(0.001, 0.02, 0.01, 0.0, (0.02,), 4096, 3 / 4096)
+        at = SparsityAt(0.2, ratio, 1.01, 0.01, layers, dead)
+        points.append(TrajectoryPoint(f"step-{step}{mark}", tokens, 90.0 - 40 * done, "f", at, (at,)))
+    model = TrackedModel(run.model.n_layers, run.model.d_model, run.model.d_mlp, run.activation, True, 1024, "t")
+    common = CommonCett(0.2, False, ("step-500",), 1.0, 0.1)
+    gaps = (Gap(f"step-7{mark}", 7, f"cannot be loaded{mark}"),) if run.seed == 2 else ()
+    return TrajectoryResult(1.0, common, tuple(points), (), gaps, model, {"n_tokens": 4096}, True, {})
+
+
+def _patterns(run: RunPlan) -> Patterns:
+    generator = torch.Generator().manual_seed(run.seed + run.model.d_model)
+    frequency = torch.rand(run.model.n_layers, run.model.d_mlp, generator=generator) ** 4
+    frequency[0, :3] = 0.0
+    ratio = torch.linspace(0.1, 0.4, 40) + 0.05 * torch.rand(40, generator=generator)
+    return Patterns(frequency, ratio, torch.arange(40), 4096, "step-450")
