@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import torch
 from neuron_sparsity.adapter import attach, load_model
 from neuron_sparsity.errors import CorpusError, MeasurementError, RunFolderError
 from neuron_sparsity.recorder import record
-from neuron_sparsity.study import StudyResult, grid
+from neuron_sparsity.study import RunPlan, StudyResult, grid, training
 from neuron_sparsity.study.measuring import patterns
 from neuron_sparsity.study.text import prepare
 from neuron_sparsity.trajectory import TrajectoryResult
@@ -77,6 +78,30 @@ def test_held_out_text_is_never_trained_on(done: tuple[Path, StudyResult], text:
     assert document not in trained
     assert prepared.rows()[3]["input_ids"].tolist() in np.asarray(prepared.rows().tokens).tolist()
     assert set(prepared.heldout.documents) == {"speech.txt@16384"}  # the middle one of three passages
+
+
+def test_activation_functions_begin_alike(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same weights, same windows in the same order; another seed, others."""
+    import transformers
+
+    config = a_config(text)
+    prepared = prepare(config, tmp_path)
+    begun: dict[tuple[str, int], Any] = {}
+
+    def train(self: Any, **options: Any) -> None:
+        weights = torch.cat([value.flatten() for value in self.model.state_dict().values()])
+        first = next(iter(self.get_train_dataloader()))["input_ids"]
+        begun[self.model.config.hidden_act, self.args.seed] = (weights.clone(), first.cpu())
+
+    monkeypatch.setattr(transformers.Trainer, "train", train)
+    for activation, seed in (("relu", 0), ("silu", 0), ("relu", 1)):
+        plan = RunPlan(config.models[0], activation, seed)
+        training.train(plan, config, prepared, tmp_path / plan.name, cpu=True)
+    relu, silu, other = begun["relu", 0], begun["silu", 0], begun["relu", 1]
+    assert torch.equal(relu[0], silu[0])
+    assert torch.equal(relu[1], silu[1])
+    assert not torch.equal(relu[0], other[0])
+    assert not torch.equal(relu[1], other[1])
 
 
 def test_patterns_are_those_of_a_recording(done: tuple[Path, StudyResult], text: Path) -> None:
