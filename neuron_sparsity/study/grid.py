@@ -16,11 +16,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from neuron_sparsity.errors import MeasurementError
 from neuron_sparsity.parallel import launched
@@ -209,7 +210,7 @@ def _in_processes(
     own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", PARENT: str(os.getpid())}
     package = str(Path(__file__).parents[2])
     own["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    running: dict[str, subprocess.Popen[str]] = {}
+    running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
     failed = ""
     try:
         while running or (waiting and not failed):
@@ -217,29 +218,32 @@ def _in_processes(
                 name = waiting.pop().name
                 command = [sys.executable, "-m", "neuron_sparsity", "study", "--config", str(root / "config.json")]
                 command += ["--out", str(root), "--only", name, "--quiet", *(["--device", device] if device else [])]
-                running[name] = subprocess.Popen(
-                    command,
-                    env=os.environ | own,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
+                said = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
+                process = subprocess.Popen(
+                    command, env=os.environ | own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
                 )
-            for name, process in list(running.items()):
+                running[name] = (process, said)
+            for name, (process, said) in list(running.items()):
                 if process.poll() is not None:
-                    said = process.stderr.read() if process.stderr else ""
                     del running[name]
                     if process.returncode and not failed:
-                        line = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-                        failed = f"run {name} failed: {line.removeprefix('error: ')}"
+                        failed = f"run {name} failed: {_last_line(said) or f'exit code {process.returncode}'}"
+                    said.close()
                     if progress:
                         progress("runs", len(plans) - len(waiting) - len(running), len(plans))
             time.sleep(_POLL_SECONDS)
     finally:
-        for process in running.values():
+        for process, said in running.values():
             process.terminate()
+            said.close()
     if failed:
         raise MeasurementError(f"{failed}; the same command goes on with the other runs")
+
+
+def _last_line(said: IO[bytes]) -> str:
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines()
+    return lines[-1].removeprefix("error: ") if lines else ""
 
 
 def _end_with_parent() -> None:

@@ -95,8 +95,26 @@ def train(
         MeasurementError: If the loss is no number any more.
         ValueError: If the batch cannot be shared among the processes, or accelerate is not installed.
     """
-    if trained(folder, config):
-        return
+    if not trained(folder, config):
+        _train(run, config, text, folder, cpu, progress)
+    if launched()[0] == 0:
+        for step in config.training.checkpoint_steps():
+            _keep_weights_only(checkpoint_path(folder, step))
+
+
+def losses(folder: Path, config: StudyConfig) -> list[dict[str, float]]:
+    """Return the training loss that was logged: `step`, `loss`, `learning_rate`."""
+    state = json.loads((checkpoint_path(folder, config.training.steps) / _STATE).read_text(encoding="utf-8"))
+    return [
+        {name: entry[name] for name in ("step", "loss", "learning_rate")}
+        for entry in state["log_history"]
+        if "loss" in entry
+    ]
+
+
+def _train(
+    run: RunPlan, config: StudyConfig, text: StudyText, folder: Path, cpu: bool, progress: Progress | None
+) -> None:
     if find_spec("accelerate") is None:
         raise ValueError('training needs the package accelerate: pip install "neuron-sparsity[study]"')
     from transformers import LlamaForCausalLM, PrinterCallback, Trainer, default_data_collator, set_seed
@@ -114,19 +132,6 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # it prints every loss to stdout, which is for results
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    if trainer.is_world_process_zero():
-        for step in config.training.checkpoint_steps():
-            _keep_weights_only(checkpoint_path(folder, step))
-
-
-def losses(folder: Path, config: StudyConfig) -> list[dict[str, float]]:
-    """Return the training loss that was logged: `step`, `loss`, `learning_rate`."""
-    state = json.loads((checkpoint_path(folder, config.training.steps) / _STATE).read_text(encoding="utf-8"))
-    return [
-        {name: entry[name] for name in ("step", "loss", "learning_rate")}
-        for entry in state["log_history"]
-        if "loss" in entry
-    ]
 
 
 class _OnSchedule(TrainerCallback):

@@ -1,4 +1,4 @@
-"""The built-in models that come with the package: small, complete, trained, and with the activation they are named by."""
+"""The built-in models that come with the package: small, trained, and of the activation they are named by."""
 
 from __future__ import annotations
 
