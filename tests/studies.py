@@ -87,9 +87,10 @@ def a_result(mark: str = "", *, n_points: int = 14, told: bool = True) -> StudyR
         n_points: Checkpoints a run.
         told: Whether the curves reach their limits.
     """
+    file = a_file(Path("speech.txt"))
     config = StudyConfig.from_json(
-        a_file(Path("speech.txt"))
-        | {"activations": ["relu", "silu"]}
+        file
+        | {"activations": ["relu", "silu"], "text": file["text"] | {"measure_tokens": 4096}}
         | {"models": [_shape(n, d, (0, 1, 2) if (n, d) == (4, 84) else (0,)) for n, d in _SHAPES]}
         | {"training": load_config("tiny").to_json()["training"] | {"checkpoints": n_points}}
     )
@@ -155,11 +156,13 @@ def _limit(run: RunPlan) -> float:
 
 def _trajectory(config: StudyConfig, run: RunPlan, mark: str, *, told: bool) -> TrajectoryResult:
     points = []
-    for step in config.training.checkpoint_steps():
+    for number, step in enumerate(config.training.checkpoint_steps()):
         tokens = step * config.tokens_per_step
         done = tokens / (config.training.steps * config.tokens_per_step)
-        left = math.exp(-(6.0 if told else 0.5) * done)
-        ratio = _limit(run) + (0.2 * left if run.activation == "relu" else -0.02 * done**-0.6 * (1 if told else 3))
+        away = 0.2 * math.exp(-6 * done) if run.activation == "relu" else -0.02 * done**-0.6
+        if not told:  # nearly straight, and noisy
+            away = (0.1 - 0.03 * done) * (1 if run.activation == "relu" else -1) + 0.002 * (-1) ** number
+        ratio = _limit(run) + away
         layers = tuple(LayerThreshold(layer, 0.1, 0.2, ratio, 1.0) for layer in range(run.model.n_layers))
         dead = DeadShare(0.001, 0.02, 0.01, 0.0, (0.02,), 4096, 3 / 4096)
         at = SparsityAt(0.2, ratio, 1.01, 0.01, layers, dead)
