@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -56,6 +57,7 @@ def study(
 
     with progress_bar(not quiet and sys.stderr.isatty() and launched()[0] == 0) as progress:
         from neuron_sparsity.study import load_config
+        from neuron_sparsity.study.grid import PARENT
         from neuron_sparsity.study import study as run_study
 
         found = load_config(preset if config is None else _file(config))
@@ -66,7 +68,7 @@ def study(
             return
         with redirect_stdout(io.StringIO()):  # stdout is for results, and some libraries print there
             run_study(found, out, only=only or (), jobs=jobs, device=device, progress=progress)
-    if launched()[0] == 0:
+    if launched()[0] == 0 and PARENT not in os.environ:  # the process that started this one puts the page together
         _show(out, quiet=quiet, as_json=as_json)
 
 
