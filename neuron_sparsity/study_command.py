@@ -57,8 +57,8 @@ def study(
 
     with progress_bar(not quiet and sys.stderr.isatty() and launched()[0] == 0) as progress:
         from neuron_sparsity.study import load_config
-        from neuron_sparsity.study.grid import PARENT
         from neuron_sparsity.study import study as run_study
+        from neuron_sparsity.study.grid import PARENT
 
         found = load_config(preset if config is None else _file(config))
         if text:
