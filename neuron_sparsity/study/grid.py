@@ -218,11 +218,11 @@ def _in_processes(
                 name = waiting.pop().name
                 command = [sys.executable, "-m", "neuron_sparsity", "study", "--config", str(root / "config.json")]
                 command += ["--out", str(root), "--only", name, "--quiet", *(["--device", device] if device else [])]
-                said = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
+                errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
                 process = subprocess.Popen(
-                    command, env=os.environ | own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said
+                    command, env=os.environ | own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
                 )
-                running[name] = (process, said)
+                running[name] = (process, errors)
             for name, (process, said) in list(running.items()):
                 if process.poll() is not None:
                     del running[name]
