@@ -79,15 +79,20 @@ def number(value: float | None, digits: int = 3) -> str:
 def run_row(run: StudyRun) -> str:
     """Return a run as a row of Markdown."""
     law, last = run.laws[0], next((point for point in reversed(run.points) if point.phase == "stable"), None)
-    limit, rmse = "no fit", ""
+    limit, later, rmse = "no fit", "no fit", ""
     if law.fit is not None:
         low, high = law.fit["limit_interval"]
+        if law.later is not None:
+            begin, end = law.later["limit_interval"]
+            later = f"{law.later['limit']:.3f} ({begin:.3f} to {end:.3f})"
         limit, rmse = f"{law.fit['limit']:.3f} ({low:.3f} to {high:.3f})", f"{law.fit['mse'] ** 0.5:.4f}"
     cells = [run.name, f"{run.parameters['non_embedding']:,}", f"{run.width_depth_ratio:.3g}"]
     cells += (
         ["", "", ""] if last is None else [f"{last.ppl_dense:.1f}", number(run.end_ratio), number(last.dead_ratio, 4)]
     )
-    return f"| {' | '.join([*cells, number(run.common.get('cett')), limit, 'yes' if law.told else 'no', rmse])} |"
+    return (
+        f"| {' | '.join([*cells, number(run.common.get('cett')), limit, later, 'yes' if law.told else 'no', rmse])} |"
+    )
 
 
 def series_row(one: Series) -> str:
@@ -110,10 +115,9 @@ def main() -> None:
     write_json(TARGET / "study.json", result.to_json())
     over_training(result)
     over_shape(result)
-    print(
-        "| run | parameters | width/depth | perplexity | activation ratio | dead | CETT | limit (95 %) | told | RMSE |"
-    )
-    print("| --- | --: | --: | --: | --: | --: | --: | --: | --- | --: |")
+    header = ["run", "parameters", "width/depth", "perplexity", "activation ratio", "dead", "CETT", "limit (95 %)"]
+    header += ["without the first quarter", "told", "RMSE"]
+    print(f"| {' | '.join(header)} |\n| --- {'| --: ' * (len(header) - 1)}|")
     print("\n".join(map(run_row, result.runs)))
     print("\n| model | quantity | mean | standard deviation | seeds |\n| --- | --- | --: | --: | --: |")
     for one in result.spreads:

@@ -79,20 +79,25 @@ def run(config: StudyConfig, folder: Path, **options: Any) -> Any:
 
 
 @functools.cache
-def a_result(mark: str = "", *, n_points: int = 14, told: bool = True) -> StudyResult:
+def a_result(mark: str = "", *, few: bool = False, told: bool = True) -> StudyResult:
     """Return a study whose points were made up: ReLU's law falling, SiLU's rising, over shapes, scales and seeds.
 
     Args:
         mark: Put into every name that comes from outside.
-        n_points: Checkpoints a run.
+        few: Only three scales, and no width-depth ratios.
         told: Whether the curves reach their limits.
     """
     file = a_file(Path("speech.txt"))
     config = StudyConfig.from_json(
         file
         | {"activations": ["relu", "silu"], "text": file["text"] | {"measure_tokens": 4096}}
-        | {"models": [_shape(n, d, (0, 1, 2) if (n, d) == (4, 84) else (0,)) for n, d in _SHAPES]}
-        | {"training": load_config("tiny").to_json()["training"] | {"checkpoints": n_points}}
+        | {
+            "models": [
+                _shape(n, d, (0, 1, 2) if (n, d) == (4, 84) else (0,))
+                for n, d in (_SHAPES[:1] + _SHAPES[-2:] if few else _SHAPES)
+            ]
+        }
+        | {"training": load_config("tiny").to_json()["training"]}
     )
     trajectories = {run.name: _trajectory(config, run, mark, told=told) for run in config.runs()}
     patterns = {run.name: _patterns(run) for run in config.runs()}

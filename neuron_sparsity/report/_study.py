@@ -44,7 +44,8 @@ def verdict(result: StudyResult) -> str:
         better = [run for run in own if _error(run.laws[0]) <= _error(run.laws[1]) and run.laws[0].fit is not None]
         said.append(
             f"{visible(activation)}: its law can be fitted to {len(fitted)} of {len(own)} runs, fits better than the "
-            f"other law on {len(better)}, and the data identify its limit on {len(told)}."
+            f"other law on {len(better)}, and the data identify its limit, with and without the first quarter of the "
+            f"points, on {len(told)}."
         )
         if len(told) < len(own):
             said.append(
@@ -75,7 +76,7 @@ def ratio_over_data(result: StudyResult, activation: str) -> str:
         for point in run.points:
             chart.point(point.tokens, point.activation_ratio, _point_note(run, point), style=_dot(point, place))
     caption = (
-        f"Model {visible(runs[0].model)}, a colour a seed, all at the common CETT of their run; small points: warm-up "
+        f"Model {visible(runs[0].model)}, a colour a seed, all at the common CETT of their run; rings: warm-up "
         "and decay, which no law is fitted to. Full lines: the law of this activation function; dashed: the other one, "
         "where it can be fitted at all."
     )
@@ -90,7 +91,18 @@ def law_table(result: StudyResult) -> str:
         for law in run.laws:
             own = "own" if law.law == run.activation else "other"
             rows.append([visible(run.name), f"{visible(law.law)} ({own})", *_law_cells(law)])
-    header = ["run", "law", "alpha", "c", "limit A_0", "identified", "R²", "RMSE", "remarks"]
+    header = [
+        "run",
+        "law",
+        "alpha",
+        "c",
+        "limit A_0",
+        "without the first quarter",
+        "identified",
+        "R²",
+        "RMSE",
+        "remarks",
+    ]
     caption = "Laws of the stable phase, D in billions of tokens, with 95 % profile intervals"
     return figure("Laws", table(header, rows, caption=caption), wide=True)
 
@@ -280,12 +292,15 @@ def _error(law: LawFound) -> float:
 
 def _law_cells(law: LawFound) -> list[str]:
     if law.fit is None:
-        return ["", "", "", "", "", "", visible(law.problem)]
+        return ["", "", "", "", "", "", "", visible(law.problem)]
     fit = law.fit
     numbers = [f"{number(fit[name])} ({_interval(fit['intervals'][name])})" for name in ("alpha", "c", "A_0")]
     errors = [number(fit["r2"]), number(math.sqrt(fit["mse"]))]
     remarks = visible(" ".join(fit["warnings"]))
-    return [*numbers, "yes" if law.told else "no", *errors, remarks]
+    later = "no fit"
+    if law.later is not None:
+        later = f"{number(law.later['limit'])} ({_interval(law.later['limit_interval'])})"
+    return [*numbers, later, "yes" if law.told else "no", *errors, remarks]
 
 
 def _interval(ends: Sequence[float | None]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -80,9 +81,16 @@ def law_found(points: Sequence[StudyPoint], law: str) -> LawFound:
         return LawFound(law, None, str(error), told=False)
     places = np.geomspace(min(tokens), max(tokens), _CURVE_POINTS)
     curve = fit.predict(places)
-    told = limit_is_told(fit.limit_interval, float(np.ptp(ratios)))
+    later, drop_first = None, len(points) // 4
+    with suppress(ValueError):  # what is left is too little, or does not change in the direction of the law
+        again = fit_law(tokens, ratios, law, drop_first=drop_first, compare=False)  # type: ignore[arg-type]
+        later = {"drop_first": drop_first, "limit": again.limit, "limit_interval": list(again.limit_interval)}
+    intervals = [fit.limit_interval, *([] if later is None else [again.limit_interval])]
+    told = len(intervals) == 2 and all(limit_is_told(ends, float(np.ptp(ratios))) for ends in intervals)
     drawn = {"places": places, "mean": curve.mean, "low": curve.low, "high": curve.high}
-    return LawFound(law, fit.to_json(), "", told, **{name: tuple(map(float, values)) for name, values in drawn.items()})
+    return LawFound(
+        law, fit.to_json(), "", told, later, **{name: tuple(map(float, values)) for name, values in drawn.items()}
+    )
 
 
 def spreads(runs: Sequence[StudyRun]) -> tuple[Spread, ...]:

@@ -52,7 +52,9 @@ class LawFound:
         law: `relu` or `silu`.
         fit: `LawFit.to_json()`; None if the law cannot be fitted.
         problem: Why, in words; "" if it can.
-        told: Whether the data identify the limit.
+        told: Whether the data identify the limit, with all points and without the first quarter of them: a limit that
+            rests on the first points alone is told by how training begins.
+        later: The fit without the first quarter: `drop_first`, `limit`, `limit_interval`; None if it cannot be made.
         places: Training tokens at which the curve is told.
         mean: The curve there.
         low: Lower end of its 95 % band.
@@ -63,6 +65,7 @@ class LawFound:
     fit: dict[str, Any] | None
     problem: str
     told: bool
+    later: dict[str, Any] | None = None
     places: tuple[float, ...] = ()
     mean: tuple[float, ...] = ()
     low: tuple[float, ...] = ()

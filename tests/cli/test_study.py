@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from neuron_sparsity.study import StudyResult
-from tests.studies import a_file, a_result, a_text
+from tests.studies import a_file, a_text
 
 
 @pytest.fixture(scope="module")
@@ -102,8 +102,7 @@ def test_a_damaged_result_is_told(cli: Callable[..., Any], tmp_path: Path) -> No
     (tmp_path / "study.json").write_text('{"schema": 1, "runs": 3}', encoding="utf-8")
     with pytest.raises(RunFolderError, match=r"study\.json is damaged"):
         StudyResult.load(tmp_path)
-    data = a_result().to_json() | {"schema": 1}
-    data["runs"][0]["points"][0]["activation_ratio"] = "many"
+    data = StudyResult({}, {}, (), (), (), (), (), (1.0,), {}).to_json() | {"schema": 1, "frequency_edges": ["many"]}
     (tmp_path / "study.json").write_text(json.dumps(data), encoding="utf-8")
-    with pytest.raises(RunFolderError, match=r"study\.json is damaged .*activation_ratio must be float"):
+    with pytest.raises(RunFolderError, match=r"study\.json is damaged .*frequency_edges must be tuple"):
         StudyResult.load(tmp_path)

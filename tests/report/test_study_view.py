@@ -61,14 +61,14 @@ def test_numbers_are_those_of_the_result(result: StudyResult) -> None:
     for one in result.spreads:
         assert f"{one.model} {one.activation}" in said
     assert "relu: its law can be fitted to 9 of 9 runs, fits better than the other law on 9" in said
-    assert "the data identify its limit on 9" in said
+    assert "identify its limit, with and without the first quarter of the points, on 9" in said
     assert "1,024,000 tokens of 70 documents" in said
     assert "4,096 tokens of 7 documents that were never trained on" in said
 
 
 def test_the_page_says_where_no_limit_is_told() -> None:
-    said = html.unescape(study_report(a_result(told=False)).html)
-    assert "the data identify its limit on 0" in said
+    said = html.unescape(study_report(a_result(few=True, told=False)).html)
+    assert "identify its limit, with and without the first quarter of the points, on 0" in said
     assert "limits of the other runs are not told by these data" in said
     assert "so this is the ratio at the end of the stable phase" in said
     assert "The data do not identify the limit: every A_0 from" in said
@@ -96,7 +96,7 @@ def test_unfinished_studies_have_a_page(result: StudyResult) -> None:
 
 
 def test_nothing_becomes_markup() -> None:
-    page = study_report(a_result(HOSTILE)).html
+    page = study_report(a_result(HOSTILE, few=True)).html
     assert HOSTILE not in page
     assert "<img src=x" not in page
     assert "&lt;img src=x onerror=alert(1)&gt;" in page

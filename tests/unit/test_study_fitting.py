@@ -29,6 +29,9 @@ def test_each_activation_has_its_own_law(result: StudyResult) -> None:
         assert other.fit is None
         assert f"the {other.law} law can only" in other.problem
         assert own.fit["n_points"] == sum(point.phase == "stable" for point in run.points) == 12
+        assert own.later is not None
+        assert own.later["drop_first"] == 3
+        assert own.later["limit"] == pytest.approx(run.limit, abs=0.02)
         assert len(own.places) == len(own.mean) == 60
         assert np.all(np.array(own.low) <= np.array(own.high))
         assert own.places[0] == pytest.approx(min(p.tokens for p in run.points if p.phase == "stable"))
@@ -42,6 +45,20 @@ def test_what_is_not_told_is_said() -> None:
         if one.quantity == "end":
             by_name = {run.name: run for run in found.runs}
             assert list(one.y) == [by_name[name].end_ratio for name in one.runs]
+
+
+def test_a_limit_that_rests_on_the_first_points_is_not_told() -> None:
+    """The fall is over after two points; what comes later is flat and noisy, and tells no limit by itself."""
+    ratios = [0.40, 0.30, 0.201, 0.199, 0.2005, 0.1985, 0.2015, 0.1995, 0.2, 0.1982, 0.2011, 0.1992]
+    points = [
+        StudyPoint(n, 40_000 * n, "stable", ratio, None, None, 9.0, 1.0, None, (ratio,))
+        for n, ratio in enumerate(ratios, 1)
+    ]
+    found = fitting.law_found(points, "relu")
+    assert found.fit is not None
+    low, high = found.fit["limit_interval"]
+    assert 0.19 < low < high < 0.21
+    assert not found.told
 
 
 def test_shape_and_scale(result: StudyResult) -> None:
