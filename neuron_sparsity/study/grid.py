@@ -145,10 +145,9 @@ def _collect(plans: Sequence[RunPlan], config: StudyConfig, text: StudyText, roo
     seen: dict[str, Patterns] = {}
     for run in plans:
         track = root / "runs" / run.name / "track"
-        done = (track / TRAJECTORY_FILE).is_file() and trained(_checkpoints(root, run), config)
-        trajectory = TrajectoryResult.load(track) if done else None
-        if trajectory is None or not trajectory.complete:
+        if not _measured(run, config, root):
             continue
+        trajectory = TrajectoryResult.load(track)
         known = patterns_of(_checkpoints(root, run), track, config, text.heldout, trajectory, None)
         if known is not None:
             seen[run.name] = known
@@ -182,6 +181,13 @@ def _measure(
     patterns_of(checkpoints, track, config, text.heldout, found, device)
 
 
+def _measured(run: RunPlan, config: StudyConfig, root: Path) -> bool:
+    """Whether a run is trained and its checkpoints are measured, all but those that cannot be."""
+    track = root / "runs" / run.name / "track"
+    done = (track / TRAJECTORY_FILE).is_file() and trained(_checkpoints(root, run), config)
+    return done and TrajectoryResult.load(track).complete
+
+
 def _checkpoints(root: Path, run: RunPlan) -> Path:
     return root / "runs" / run.name / "checkpoints"
 
@@ -205,7 +211,8 @@ def _in_processes(
     plans: Sequence[RunPlan], config: StudyConfig, root: Path, jobs: int, device: str | None, progress: Progress | None
 ) -> None:
     """Train and measure each run in a process of its own, the longest first."""
-    waiting = sorted(plans, key=lambda run: parameter_counts(run.model, config)["total"])
+    waiting = [run for run in plans if not _measured(run, config, root)]
+    waiting.sort(key=lambda run: parameter_counts(run.model, config)["total"])
     threads = max(1, (os.cpu_count() or 1) // jobs)
     own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", PARENT: str(os.getpid())}
     package = str(Path(__file__).parents[2])
