@@ -198,6 +198,7 @@ def _arguments(run: RunPlan, config: StudyConfig, folder: Path, cpu: bool) -> An
         report_to=[],
         disable_tqdm=True,
         use_cpu=not on_gpu,
+        ddp_find_unused_parameters=False,  # there are none
         dataloader_pin_memory=on_gpu,
     )
 

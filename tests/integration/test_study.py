@@ -180,6 +180,37 @@ def test_runs_side_by_side_are_those_of_one_process(done: tuple[Path, StudyResul
 
 
 @pytest.mark.slow
+def test_two_processes_train_together(done: tuple[Path, StudyResult], text: Path, tmp_path: Path) -> None:
+    """As users start it; half of the batch each, so sums are taken in another order, and no more than that differs."""
+    data = a_config(text, device_batch=4).to_json()
+    (tmp_path / "two.json").write_text(json.dumps(data), encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [
+        "-m",
+        "neuron_sparsity",
+        "study",
+        "--config",
+        str(tmp_path / "two.json"),
+        "--out",
+        str(tmp_path / "two"),
+    ]
+    found = subprocess.run(
+        [*command, "--device", "cpu", "--only", "a-relu-0", "--json"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    (together,) = json.loads(found.stdout)["runs"]
+    alone = done[1].runs[0]
+    assert [point["step"] for point in together["points"]] == [point.step for point in alone.points]
+    for ours, theirs in zip(together["points"], alone.points, strict=True):
+        assert ours["ppl_dense"] == pytest.approx(theirs.ppl_dense, rel=0.01)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="every attempt is a fork")
 def test_killed_studies_end_with_the_same_bits(
     done: tuple[Path, StudyResult], text: Path, tmp_path: Path, repository: Path
