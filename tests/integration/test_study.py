@@ -70,6 +70,21 @@ def test_only_weights_are_kept_of_finished_runs(done: tuple[Path, StudyResult]) 
         assert not [name for name in names if name.startswith(("optimizer", "rng_state", "scheduler", "training_args"))]
 
 
+def test_training_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
+    """The Trainer's state comes last: what lacks it, or has half of it, was being written when the kill came."""
+    for step, state in ((3, '{"global_step": 3}'), (10, '{"global_step": 10}'), (20, '{"global_st'), (30, None)):
+        folder = training.checkpoint_path(tmp_path, step)
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"weights")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state, encoding="utf-8")
+    assert training._last_whole(tmp_path, keep=True) == tmp_path / "checkpoint-10"
+    assert len(list(tmp_path.iterdir())) == 4
+    assert training._last_whole(tmp_path, keep=False) == tmp_path / "checkpoint-10"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-3", "checkpoint-10"}
+    assert training._last_whole(tmp_path / "none", keep=False) is None
+
+
 def test_held_out_text_is_never_trained_on(done: tuple[Path, StudyResult], text: Path) -> None:
     prepared = prepare(a_config(text), done[0] / "text")
     trained = " ".join(prepared.tokenizer.decode(row["input_ids"]) for row in prepared.rows())
