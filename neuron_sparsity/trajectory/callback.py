@@ -35,7 +35,7 @@ class SparsityCallback(TrainerCallback):
     """Records activation sparsity at chosen moments of a training run: give it to `Trainer(callbacks=[...])`.
 
     It needs memory for a second copy of the model while it measures, and room on disk for the weights of every step
-    measured until training ends (of one, where `cett` is given). In a run of several processes the first one
+    measured until training ends (where `cett` is given, of one, and of those that could not be measured). In a run of several processes the first one
     measures, and the others wait for it.
 
     Args:
@@ -154,7 +154,8 @@ class SparsityCallback(TrainerCallback):
         """Go on with what was measured up to the step that training goes on from; later steps are trained anew."""
         if self.tokens is not None:
             self._seen = self._tokens(state) if state.global_step else -1.0
-        for label, point in list(self._tracker.points.items()):
+        for found in (*self._tracker.points.values(), *self._tracker.earlier_gaps):
+            label = found.checkpoint
             number = label.removeprefix("step-")
             step = int(number) if number.isdecimal() else -1
             if state.global_step == 0 or step < 0:
@@ -162,10 +163,10 @@ class SparsityCallback(TrainerCallback):
                     f"{self.folder} holds the trajectory of another training; name another folder, or go on from a "
                     "checkpoint of that one"
                 )
-            if step > state.global_step:
-                del self._tracker.points[label]
-            else:
-                self._visited[label] = Checkpoint(label, point.tokens, str(self.folder / "weights" / label))
+            if step <= state.global_step:
+                self._visited[label] = Checkpoint(label, found.tokens, str(self.folder / "weights" / label))
+        for label in set(self._tracker.points) - set(self._visited):
+            del self._tracker.points[label]
 
     def _measure(self, state: Any, kwargs: dict[str, Any]) -> None:
         label = f"step-{state.global_step}"
@@ -180,8 +181,8 @@ class SparsityCallback(TrainerCallback):
             self._tracker.close()
         if found is None and not self._tracker.points:  # better now than when hours of training are over
             raise ModelError(f"{self._tracker.gaps[label].error} (the first step that SparsityCallback was to measure)")
-        if self._tracker.cett is not None and not self.keep_weights:
-            shutil.rmtree(target)
+        if found is not None and self._tracker.cett is not None and not self.keep_weights:
+            shutil.rmtree(target)  # those of a gap stay: it is tried once more when training ends
 
     def _tokenizer(self, kwargs: dict[str, Any]) -> Any:
         found = kwargs.get("processing_class") if self.tokenizer is None else self.tokenizer

@@ -117,6 +117,11 @@ class Tracker:
         measure: `backend` and `batch_size`.
         progress: Called after each batch.
 
+    Attributes:
+        points: What was measured of each checkpoint, by this run and by earlier ones in the folder.
+        gaps: Checkpoints that this run could not measure.
+        earlier_gaps: Those of the run before, which are tried again if they are asked for again.
+
     Raises:
         TypeError, ValueError, RunFolderError: As for `track`.
     """
@@ -152,6 +157,7 @@ class Tracker:
         self._open: tuple[Checkpoint, MLPAdapter] | None = None
         self.points: dict[str, TrajectoryPoint] = {}
         self.gaps: dict[str, Gap] = {}
+        self.earlier_gaps: tuple[Gap, ...] = ()
         self._asked: set[str] = set()
         if isinstance(corpus, Windows):
             self._begin(corpus)
@@ -343,6 +349,7 @@ class Tracker:
                 raise RunFolderError(f"{path} was measured on other text than run.json says; delete it")
             self._model = found.model
             self.points = {point.checkpoint: point for point in (*found.points, *found.pending)}
+            self.earlier_gaps = found.gaps
         tensors = {"tokens": windows.tokens, "scored": windows.scored}
         if not self._folder.has("windows.safetensors") and windows.tokens.nbytes * 2 <= _MAX_WINDOW_BYTES:
             write_tensors(self._folder.file("windows.safetensors"), tensors, windows.describe())
