@@ -26,6 +26,7 @@ __all__ = [
     "ClassRule",
     "NeuronClasses",
     "active_counts",
+    "bound_95",
     "class_curve",
     "classify",
 ]

@@ -35,8 +35,8 @@ class SparsityCallback(TrainerCallback):
     """Records activation sparsity at chosen moments of a training run: give it to `Trainer(callbacks=[...])`.
 
     It needs memory for a second copy of the model while it measures, and room on disk for the weights of every step
-    measured until training ends (where `cett` is given, of one, and of those that could not be measured). In a run of several processes the first one
-    measures, and the others wait for it.
+    measured until training ends (where `cett` is given: of one, and of those that could not be measured). In a run of
+    several processes the first one measures, and the others wait for it.
 
     Args:
         windows: What to measure on: text that is not trained on. `load_corpus` and `windows_from_text` make it.
@@ -154,8 +154,9 @@ class SparsityCallback(TrainerCallback):
         """Go on with what was measured up to the step that training goes on from; later steps are trained anew."""
         if self.tokens is not None:
             self._seen = self._tokens(state) if state.global_step else -1.0
-        for found in (*self._tracker.points.values(), *self._tracker.earlier_gaps):
-            label = found.checkpoint
+        points, gaps = self._tracker.points, self._tracker.earlier_gaps
+        seen = {label: point.tokens for label, point in points.items()} | {gap.checkpoint: gap.tokens for gap in gaps}
+        for label, tokens in seen.items():
             number = label.removeprefix("step-")
             step = int(number) if number.isdecimal() else -1
             if state.global_step == 0 or step < 0:
@@ -164,9 +165,9 @@ class SparsityCallback(TrainerCallback):
                     "checkpoint of that one"
                 )
             if step <= state.global_step:
-                self._visited[label] = Checkpoint(label, found.tokens, str(self.folder / "weights" / label))
-        for label in set(self._tracker.points) - set(self._visited):
-            del self._tracker.points[label]
+                self._visited[label] = Checkpoint(label, tokens, str(self.folder / "weights" / label))
+            else:
+                points.pop(label, None)
 
     def _measure(self, state: Any, kwargs: dict[str, Any]) -> None:
         label = f"step-{state.global_step}"

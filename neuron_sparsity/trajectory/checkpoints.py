@@ -25,8 +25,8 @@ Source = str | Path | tuple[str, Callable[[], Any]]
 _FAMILIES = {
     # 1,024 sequences of 2,048 tokens; runs that took larger batches have their revisions named in these steps too.
     "EleutherAI/pythia": ("step{}", 2_097_152),
-    # 512 sequences of 1,024 tokens: effective_bsz of conf/mistral-{small,medium}.yaml and seq_len of conf/models/ there,
-    # in github.com/stanford-crfm/mistral, whose schedule of checkpoints is the one that TransformerLens has.
+    # 512 sequences of 1,024 tokens: effective_bsz and seq_len of conf/mistral-small.yaml and mistral-medium.yaml, with
+    # what they inherit, in github.com/stanford-crfm/mistral; their schedule is the one that TransformerLens has.
     "stanford-crfm/": ("checkpoint-{}", 524_288),
 }
 """Start of the name: how the revision of a step is called, and the training tokens of one step."""
@@ -49,7 +49,7 @@ class Checkpoint:
 
     label: str
     tokens: int
-    source: str | Callable[[], Any]
+    source: str | Path | Callable[[], Any]
 
     def load(self, *, device: str | None, dtype: str, trust_remote_code: bool) -> MLPAdapter:
         """Return the model, ready to be measured.
@@ -58,7 +58,7 @@ class Checkpoint:
             ModelError: If it cannot be loaded or measured.
         """
         found: Any = self.source
-        if not isinstance(found, str):
+        if not isinstance(found, str | Path):
             try:
                 found = found()
             except Exception as error:  # a callable may raise anything; the other checkpoints go on
@@ -217,7 +217,7 @@ def _named(item: Any) -> tuple[str, str | Callable[[], Any]]:
 def _counted(label: str, tokens: Any) -> int:
     if isinstance(tokens, bool) or not isinstance(tokens, Real) or not math.isfinite(tokens) or tokens < 0:
         raise ValueError(f"training tokens of {label!r} must be a number >= 0, got {tokens!r}")
-    return round(tokens)
+    return round(float(tokens))
 
 
 def _tokens_seen(folder: Path) -> int:
