@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from neuron_sparsity import kernels
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import ModelError, RunFolderError
+from neuron_sparsity.parallel import launched
 from neuron_sparsity.trajectory.checkpoints import Checkpoint
 from neuron_sparsity.trajectory.result import TrajectoryResult
 from neuron_sparsity.trajectory.tracker import Tracker
@@ -36,7 +37,8 @@ class SparsityCallback(TrainerCallback):
 
     It needs memory for a second copy of the model while it measures, and room on disk for the weights of every step
     measured until training ends (where `cett` is given: of one, and of those that could not be measured). In a run of
-    several processes the first one measures, and the others wait for it.
+    several processes the first one measures, and the others wait for it, as long as the `ddp_timeout` of
+    TrainingArguments lets them (half an hour).
 
     Args:
         windows: What to measure on: text that is not trained on. `load_corpus` and `windows_from_text` make it.
@@ -95,7 +97,7 @@ class SparsityCallback(TrainerCallback):
         self.result: TrajectoryResult | None = None
         self._tracker = Tracker(
             windows,
-            folder,
+            folder if launched()[0] == 0 else None,  # the others would find it half made
             p_percent=p_percent,
             cett=cett,
             load={"device": device, "dtype": dtype, "trust_remote_code": False},

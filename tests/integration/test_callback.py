@@ -280,3 +280,15 @@ def test_bad_arguments(options: dict[str, Any], complaint: str, windows: Any, tm
 def test_a_text_is_no_windows(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="windows must be Windows, got str"):
         SparsityCallback("sotu", tmp_path, steps=1)  # type: ignore[arg-type]
+
+
+def test_the_first_process_alone_makes_the_folder(
+    windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    SparsityCallback(windows, tmp_path / "run", steps=1)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "0")
+    SparsityCallback(windows, tmp_path / "run", steps=1)
+    assert (tmp_path / "run" / "run.json").exists()

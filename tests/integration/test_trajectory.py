@@ -16,12 +16,13 @@ import torch
 
 from neuron_sparsity.adapter import attach
 from neuron_sparsity.errors import MeasurementError, RunFolderError
+from neuron_sparsity.evaluation import Evaluator
 from neuron_sparsity.laws import read_points
 from neuron_sparsity.perplexity import perplexity
 from neuron_sparsity.recorder import record
 from neuron_sparsity.sparsity import cett_ppl_sparsity, sparsify
 from neuron_sparsity.trajectory import SparsityAt, TrajectoryResult, track, tracker
-from neuron_sparsity.trajectory.measure import LAST, common_cett
+from neuron_sparsity.trajectory.measure import LAST, common_cett, sparsity_at
 
 STEP = 1000
 
@@ -106,6 +107,25 @@ def test_a_point_is_what_its_thresholds_do_to_the_model(
         assert np.mean(found.dead.layer_dead_ratios) == pytest.approx(found.dead.dead_ratio)
         assert found.dead.n_tokens == windows.n_tokens
         assert found.dead.frequency_bound_95 == 3 / windows.n_tokens
+
+
+def test_a_pass_whose_layers_miss_the_common_cett_is_made_again(
+    checkpoint: Callable[..., Any], windows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first check that finds every layer 3 % off: the thresholds are made and checked anew."""
+    told, refined = [], []
+    check, refine = Evaluator.check, Evaluator.refine
+
+    def off(self: Evaluator, thresholds: Any) -> Any:
+        (found,) = check(self, thresholds)
+        told.append(found if told else found * 1.03)
+        return [told[-1]]
+
+    monkeypatch.setattr(Evaluator, "check", off)
+    monkeypatch.setattr(Evaluator, "refine", lambda self, cuts: refined.append(cuts) or refine(self, cuts))
+    found = sparsity_at(attach(checkpoint(5)), windows, 0.1)[1]
+    assert (len(told), len(refined)) == (2, 1)
+    assert [layer.cett for layer in found.layers] == told[1].tolist() == pytest.approx([0.1] * 2, rel=0.005)
 
 
 def test_own_is_the_search_of_that_checkpoint(
