@@ -51,7 +51,8 @@ class SparsityCallback(TrainerCallback):
         p_percent: Rise of perplexity, > 0.
         cett: CETT common to all steps, in [1e-6, 1]; searched on the last five when training ends if None.
         tokenizer: Of the model; the Trainer's `processing_class` if None.
-        keep_weights: Whether `FOLDER/weights` stays when all is measured.
+        keep_weights: Whether `FOLDER/weights` stays when all is measured. A training that is extended later needs it
+            where the common CETT is searched: the last five are other ones then.
         device: That the copy is measured on; the first GPU if there is one, else the CPU, if None.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
