@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from neuron_sparsity.interval import Estimate
+from tests.report.browser import CHROMIUM, Tab, chromium
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 EXAMPLES, CONTEXT, CENTRE = 5, 24, 16
@@ -255,6 +258,23 @@ def make_removed(info: Any, text: dict[str, Any], stats: Any) -> SimpleNamespace
             "command": "neuron-sparsity report smollm2-135m --p 1 --out run",
         },
     )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine; Debian, Ubuntu: apt-get install chromium")
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def tab(browser: Any, tmp_path: Path) -> Iterator[Tab]:
+    """A page in the browser. A test that leaves a word on the console, or a request, fails."""
+    tab = Tab(browser, tmp_path)
+    yield tab
+    tab.page.close()
+    tab.require_silence()
 
 
 @pytest.fixture
