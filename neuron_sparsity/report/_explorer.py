@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_sparsity.kernels import histogram_edges
-from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report._classes import Activity, array, layer_labels
 from neuron_sparsity.report._packed import Packed, asinh_codes, log_codes
 from neuron_sparsity.report._text import visible_token
@@ -208,7 +207,7 @@ def flat_indices(stats: NeuronStatistics, neurons: Iterable[tuple[int, int]]) ->
 
 def _numbers(table: _Table, stats: NeuronStatistics, active: Activity) -> None:
     mean = array(stats.contribution_sum) / stats.n_tokens
-    table.packed.add("class", _class_codes(active), "u1")
+    table.packed.add("class", active.codes, "u1")
     table.column("frequency", "active on", "active on", "percent", "log", active.frequency)
     table.column("mean", "mean contribution", "mean contribution", "number", "log", mean)
     table.column(
@@ -218,14 +217,6 @@ def _numbers(table: _Table, stats: NeuronStatistics, active: Activity) -> None:
     share = np.divide(mean, total, out=np.zeros(mean.shape), where=total > 0)
     table.column("share", "share of its layer", "share of its layer", "percent", "log", share)
     table.packed.header["definition"] = active.definition
-
-
-def _class_codes(active: Activity) -> NDArray[np.int64]:
-    """0 dead, 1 rare, 2 alive, 3 always on: by the same comparisons as the counts of the page."""
-    frequency = active.frequency
-    codes = np.where(frequency > classes.ALWAYS_ON, 3, 2)
-    codes = np.where(frequency < classes.RARE, 1, codes)
-    return np.where(frequency < classes.DEAD, 0, codes)
 
 
 def _removal(table: _Table, removed: AblationResult | None, labels: Sequence[int]) -> None:

@@ -74,7 +74,7 @@ def neuron_table(
         off=_UNAVAILABLE,
         controls=_controls(labels, counts, removed, found),
         rows=found.n_neurons + 1,
-        atlas=_atlas_words(atlas),
+        atlas=_atlas_words(atlas, active),
         words=script_json(words),
         data=Markup(found.text),  # base64
     )
@@ -125,11 +125,15 @@ def _removal_words(removed: AblationResult) -> str:
     )
 
 
-def _atlas_words(atlas: Any) -> Markup:
-    """What an Atlas says of itself; a DataFrame says nothing."""
-    meanings = getattr(atlas, "definitions", None)
+def _atlas_words(atlas: Any, active: classes.Activity) -> Markup:
+    """What an Atlas says of itself; a DataFrame says nothing. Its classes are not shown: the page has its own."""
+    meanings = dict(getattr(atlas, "definitions", None) or {})
+    meanings.pop("classes", None)
     if not meanings:
         return Markup("")
+    if "active" in meanings:
+        other = "" if meanings["active"].replace(">=", "≥") == active.definition else "; the classes count otherwise"
+        meanings = {"active, for triggers and positions": meanings.pop("active") + other} | meanings
     said = [(visible(name), visible(words)) for name, words in meanings.items()]
     watched = getattr(atlas, "watched", None)
     if watched:

@@ -99,7 +99,8 @@ def make_run(
     above = random.binomial(n_tokens, frequency)
     above[:, : max(d_mlp // 200, 2)] = 0
     above[:, -2:] = n_tokens
-    above[0, 2:5] = [3, int(0.005 * n_tokens), int(0.9999 * n_tokens)]
+    edges = (0.0009, 0.0011, 0.0019, 0.0098, 0.0102, 0.0195, 0.9898, 0.9902)  # just beside where classes begin
+    above[0, 2:13] = [3, int(0.005 * n_tokens), int(0.9999 * n_tokens), *(int(edge * n_tokens) for edge in edges)]
     zero = np.where(above == 0, random.binomial(n_tokens, 0.9, above.shape), 0)
     zero[0, :2] = n_tokens
     total = np.exp(shift - 2.5 + 0.4 * random.normal(size=shift.shape)) * n_tokens * (zero < n_tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,8 @@ from neuron_sparsity.report import report
 from neuron_sparsity.report._explorer import KINDS, explorer
 from neuron_sparsity.report._packed import Packed, asinh_codes, log_codes, unpack
 from neuron_sparsity.report.views import neuron_table
+from neuron_sparsity.taxonomy import atlas as taxonomy_atlas
+from neuron_sparsity.taxonomy.classes import CLASSES
 from tests.report.conftest import Run, make_atlas, make_run
 
 MB = 1_000_000
@@ -131,6 +134,26 @@ def test_an_atlas_of_other_neurons_is_refused(run: Run, change: Any, said: str) 
 def test_an_atlas_object_is_taken_by_its_table(run: Run) -> None:
     atlas = make_atlas(run.stats)
     assert neuron_table(run.stats, atlas=SimpleNamespace(table=atlas)) == neuron_table(run.stats, atlas=atlas)
+
+
+def test_classes_are_those_of_an_atlas_of_the_same_statistics(run: Run) -> None:
+    above = (run.stats.above_count.flatten() // 8)[None, :, None].repeat(2, 1, 1)  # just beside where classes begin
+    stats = replace(synthetic_statistics(2, 192, n_tokens=2048, n_vocab=50), above_count=above)
+    table = taxonomy_atlas(stats).table
+    _, sections = unpack(explorer(stats, classes.activity(stats)).text)
+    assert np.array(CLASSES)[sections["class"]].tolist() == table["class"].tolist()
+    assert table["class"].nunique() == 4
+
+
+def test_an_atlas_that_counts_otherwise_is_said(run: Run) -> None:
+    atlas = SimpleNamespace(table=make_atlas(run.stats), model=run.stats.model, watched=None)
+    atlas.definitions = {"active": "contribution >= the layer's CETT-PPL-1% threshold", "classes": "dead: unlike here"}
+    html = neuron_table(run.stats, run.result, atlas=atlas)
+    assert "<dt>active, for triggers and positions</dt><dd>contribution &gt;= the layer" in html
+    assert "unlike here" not in html
+    assert "the classes count otherwise" not in html
+    atlas.definitions["active"] = "post-activation is not exactly zero"
+    assert "not exactly zero; the classes count otherwise</dd>" in neuron_table(run.stats, run.result, atlas=atlas)
 
 
 def test_an_atlas_says_what_it_was_measured_on(run: Run) -> None:

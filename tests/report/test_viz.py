@@ -639,7 +639,7 @@ def test_layer_map_of_an_atlas_is_that_of_its_run(results: Results, atlas: Simpl
     view, of_run = viz.layer_map(atlas), viz.layer_map(results.run.stats, results.run.result)
     ours, theirs = Document(view.fragment).data, Document(of_run.fragment).data
     assert ours == theirs
-    assert "active: contribution >= the threshold; dead: under 0.1 % of tokens: 9 dead; N = 16,384" in view.measured
+    assert "active: contribution >= the threshold; dead: under 0.1 % of tokens: 10 dead; N = 16,384" in view.measured
     pictures = [shown.figure().axes[0].images[0].get_array() for shown in (view, of_run)]
     assert np.array_equal(pictures[0].mask, pictures[1].mask)
     assert viz.layer_map(atlas.table.sample(frac=1, random_state=0), measured="elsewhere").measured == "elsewhere"
