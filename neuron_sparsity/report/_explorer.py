@@ -23,8 +23,9 @@ from neuron_sparsity.statistics import CONTEXT_BEFORE
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
     from neuron_sparsity.recorder import NeuronStatistics
+    from neuron_sparsity.saliency import NeuronSaliency
 
-__all__ = ["Explorer", "atlas_columns", "explorer", "flat_indices"]
+__all__ = ["Explorer", "atlas_columns", "explorer", "flat_indices", "stand_in"]
 
 LARGE = 65_536  # neurons beyond which numbers are stored to 1 % and histograms go along for the chosen part only
 KINDS = (
@@ -97,6 +98,7 @@ def explorer(
     active: Activity,
     removed: AblationResult | None = None,
     *,
+    saliency: NeuronSaliency | None = None,
     atlas: Any = None,
     neurons: Iterable[tuple[int, int]] = (),
     thresholds: Sequence[float] = (),
@@ -107,21 +109,23 @@ def explorer(
         stats: The run.
         active: How often each neuron is active.
         removed: Gives the order in which neurons can go.
+        saliency: Gives what it predicts of removing each neuron alone.
         atlas: An Atlas or DataFrame; the columns that are there are shown.
         neurons: (layer, neuron) that bring their examples along besides the chosen ones.
         thresholds: Drawn into the histograms, one a layer.
 
     Raises:
-        ValueError: If a neuron that is asked for does not exist, or the atlas is of other neurons.
+        ValueError: If a neuron that is asked for does not exist, or the atlas or the saliency is of other neurons.
     """
     labels, (n_layers, width) = layer_labels(stats), active.frequency.shape
     extra = atlas_columns(atlas, labels, width)
+    rise = _predicted_rise(saliency, removed, (n_layers, width))
     wanted = flat_indices(stats, neurons)
     n_tokens = sum(most for name, most in _LISTS if name in extra)
     order, capacity, n_examples = _order(stats, active, n_tokens, wanted)
     while True:
         chosen = np.sort(order[:capacity])
-        found = _packed(stats, active, removed, extra, chosen, n_examples, thresholds)
+        found = _packed(stats, active, removed, rise, extra, chosen, n_examples, thresholds)
         over = len(found.text) / text_bytes(n_layers * width)
         if over <= 1 or capacity <= max(len(wanted), 1):
             return found
@@ -133,6 +137,7 @@ def _packed(
     stats: NeuronStatistics,
     active: Activity,
     removed: AblationResult | None,
+    rise: NDArray[np.float64] | None,
     extra: dict[str, NDArray[Any]],
     chosen: NDArray[np.int64],
     n_examples: int,
@@ -144,6 +149,8 @@ def _packed(
     head = {"width": width, "layers": labels, "tokens": stats.n_tokens, "window": window, "n": table.n_neurons}
     table.packed.header |= head | {"kinds": list(KINDS), "columns": []}
     _numbers(table, stats, active)
+    if rise is not None:
+        table.column("rise", "removed alone", "alone, predicted", "rise", "asinh", rise)
     _removal(table, removed, labels)
     _atlas_numbers(table, extra)
     names = [name for name, _ in _LISTS if name in extra]
@@ -165,12 +172,13 @@ class _Table:
     n_neurons: int
 
     def column(self, key: str, label: str, short: str, unit: str, scale: str, values: NDArray[Any]) -> None:
-        """Add a column of numbers headed `short`; `unit` is percent (of a share), number, count or bits."""
+        """Add a column of numbers headed `short`; `unit` is percent (of a share), rise, number, count or bits."""
         levels = 65_534 if self.n_neurons <= LARGE else 4_094
         encode = log_codes if scale == "log" else asinh_codes
-        codes, low, high = encode(np.asarray(values, dtype=np.float64).ravel(), levels)
+        codes, low, high, *step = encode(np.asarray(values, dtype=np.float64).ravel(), levels)
         self.packed.add(key, codes, "u2")
         shape = {"key": key, "label": label, "short": short, "unit": unit, "scale": scale, "low": low, "high": high}
+        shape |= {"step": step[0]} if step else {}
         self.packed.header["columns"].append(shape)
 
 
@@ -203,6 +211,30 @@ def flat_indices(stats: NeuronStatistics, neurons: Iterable[tuple[int, int]]) ->
             )
         found.append(labels.index(layer) * width + neuron)
     return list(dict.fromkeys(found))
+
+
+def stand_in(removed: AblationResult | None) -> str:
+    """Return what predictions put in a neuron's place: "zero" if that is what was removed by, else "mean"."""
+    return "zero" if removed is not None and removed.replacement == "zero" else "mean"
+
+
+def _predicted_rise(
+    saliency: NeuronSaliency | None, removed: AblationResult | None, shape: tuple[int, int]
+) -> NDArray[np.float64] | None:
+    """Return the rise of the mean loss in nats that gradients predict of removing each neuron alone.
+
+    To first order a value at a random other token costs what the mean costs: "resample" is predicted by it.
+
+    Raises:
+        ValueError: If the saliency is not of `shape`, one value a neuron.
+    """
+    if saliency is None:
+        return None
+    constant = 0.0 if stand_in(removed) == "zero" else saliency.mean_activation
+    rise: NDArray[np.float64] = array(saliency.predicted_rise(constant)).astype(np.float64)
+    if rise.shape != shape:
+        raise ValueError(f"the saliency is of {list(rise.shape)} neurons, the statistics of {list(shape)}")
+    return rise
 
 
 def _numbers(table: _Table, stats: NeuronStatistics, active: Activity) -> None:

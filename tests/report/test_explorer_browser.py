@@ -12,7 +12,7 @@ from neuron_sparsity.report import report
 from neuron_sparsity.report.page import Section, render
 from neuron_sparsity.report.views import neuron_table
 from tests.report.browser import Tab
-from tests.report.conftest import Run, make_atlas, make_run
+from tests.report.conftest import Run, make_atlas, make_run, make_saliency
 from tests.report.test_browser import POLICIES, WIDTHS, without_policy
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def full(full_run: Run) -> Run:
 
 def shown(tab: Tab, run: Run, *, whole: bool = False, **options: Any) -> Page:
     """Show the table of a run, or with `whole` its page, which takes longer."""
-    parts = {name: options.pop(name) for name in ("atlas", "neurons") if name in options}
+    parts = {name: options.pop(name) for name in ("atlas", "neurons", "saliency") if name in options}
     if whole:
         html = report(run.stats, run.result, run.removed, passage=run.passage, **parts).html
     else:
@@ -141,6 +141,30 @@ def test_a_neuron_without_examples_says_how_to_get_them_and_then_has_them(tab: T
     tokens = [run.stats.token_strings[int(i)] for i in run.stats.example_context[4, 900, :3, 16]]
     wanted = [token.replace(" ", "·").replace("\n", "↵") for token in tokens]
     assert page.locator(".detail .examples mark").all_text_contents() == wanted
+
+
+def test_a_neuron_says_what_its_removal_costs(tab: Tab, run: Run) -> None:
+    run.removed.removable = [[2, 9], [1, 5]]
+    saliency = make_saliency(run)
+    rise = 100 * np.expm1(saliency.predicted_rise(saliency.mean_activation).numpy().ravel())
+    page = shown(tab, run, saliency=saliency, anchor="#neuron=1:5")
+    said = page.locator(".detail dl").inner_text()
+    assert f"perplexity {'+' if rise[53] > 0 else '−'}{abs(rise[53]):#.3g} %, predicted to first order" in said
+    assert "on 4,096 tokens of speeches for ranking, with its mean in its place" in said
+    assert "can go: number 2 of 2 in order of contribution" in said
+    page.get_by_role("button", name="alone, predicted").click()
+    layer, neuron = divmod(int(rise.argmax()), 48)
+    assert rise.max() > 1000
+    assert (first_row(page)[0], "over +1,000 %" in first_row(page)) == (f"L{layer} · N{neuron}", True)
+    page.get_by_role("button", name="alone, predicted").click()
+    layer, neuron = divmod(int(rise.argmin()), 48)
+    assert first_row(page)[0] == f"L{layer} · N{neuron}"
+    assert any(cell.startswith("−") for cell in first_row(page))
+
+    run.removed = None
+    said = shown(tab, run, anchor="#neuron=1:5").locator(".detail dl").inner_text()
+    assert "not predicted: this needs gradients, which neuron-sparsity ablate leaves" in said
+    assert "not measured: neuron-sparsity ablate finds what can go" in said
 
 
 def test_an_atlas_adds_kinds_triggers_and_logit_tokens(tab: Tab, run: Run) -> None:
