@@ -149,10 +149,10 @@ def _packed(
     head = {"width": width, "layers": labels, "tokens": stats.n_tokens, "window": window, "n": table.n_neurons}
     table.packed.header |= head | {"kinds": list(KINDS), "columns": []}
     _numbers(table, stats, active)
-    if rise is not None:
-        table.column("rise", "removed alone", "alone, predicted", "rise", "asinh", rise)
-    _removal(table, removed, labels)
     _atlas_numbers(table, extra)
+    if rise is not None:
+        table.column("rise", "removed alone", "removed alone, predicted", "rise", "asinh", rise)
+    _removal(table, removed, labels)
     names = [name for name, _ in _LISTS if name in extra]
     table.packed.add("chosen", chosen, "u4")
     strings = _Strings()

@@ -152,11 +152,11 @@ def test_a_neuron_says_what_its_removal_costs(tab: Tab, run: Run) -> None:
     assert f"perplexity {'+' if rise[53] > 0 else '−'}{abs(rise[53]):#.3g} %, predicted to first order" in said
     assert "on 4,096 tokens of speeches for ranking, with its mean in its place" in said
     assert "can go: number 2 of 2 in order of contribution" in said
-    page.get_by_role("button", name="alone, predicted").click()
+    page.get_by_role("button", name="removed alone, predicted").click()
     layer, neuron = divmod(int(rise.argmax()), 48)
     assert rise.max() > 1000
     assert (first_row(page)[0], "over +1,000 %" in first_row(page)) == (f"L{layer} · N{neuron}", True)
-    page.get_by_role("button", name="alone, predicted").click()
+    page.get_by_role("button", name="removed alone, predicted").click()
     layer, neuron = divmod(int(rise.argmin()), 48)
     assert first_row(page)[0] == f"L{layer} · N{neuron}"
     assert any(cell.startswith("−") for cell in first_row(page))
