@@ -7,7 +7,7 @@ stands out most from their mean, the rarest that fire at all, and some at random
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +19,14 @@ from neuron_sparsity.report._classes import Activity, array, layer_labels
 from neuron_sparsity.report._packed import Packed, asinh_codes, log_codes
 from neuron_sparsity.report._text import visible_token
 from neuron_sparsity.statistics import CONTEXT_BEFORE
+from neuron_sparsity.taxonomy.files import ROLES
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
     from neuron_sparsity.recorder import NeuronStatistics
     from neuron_sparsity.saliency import NeuronSaliency
 
-__all__ = ["Explorer", "atlas_columns", "explorer", "flat_indices", "stand_in"]
+__all__ = ["Explorer", "atlas_columns", "explorer", "flat_indices", "kind_codes", "stand_in"]
 
 LARGE = 65_536  # neurons beyond which numbers are stored to 1 % and histograms go along for the chosen part only
 KINDS = (
@@ -33,10 +34,9 @@ KINDS = (
     "bigram detector",
     "trigram detector",
     "positional",
-    "prediction",
-    "suppression",
-    "partition",
+    *(role for role in ROLES if role != "none"),
 )
+_KIND_COLUMNS = ("is_token_detector", "ngram", "is_positional", "logit_role")
 _MOST_CHARACTERS = 60  # of a trigger or token
 _NUMBERS = (  # of an atlas: column, name, heading, unit, scale
     ("n_triggers", "triggers", "triggers", "count", "asinh"),
@@ -269,20 +269,24 @@ def _atlas_numbers(table: _Table, extra: dict[str, NDArray[Any]]) -> None:
         if name in extra:
             values = extra[name].astype(np.float64)
             table.column(name, label, short, unit, scale, np.maximum(values, 0.0) if scale == "log" else values)
-    kinds = np.zeros(table.n_neurons, dtype=np.int64)
-    sources = ("is_token_detector", "ngram", "is_positional", "logit_role")
-    for name in (source for source in sources if source in extra):
-        values = extra[name]
+    if any(source in extra for source in _KIND_COLUMNS):
+        table.packed.add("kind", kind_codes(extra), "u1")
+
+
+def kind_codes(columns: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Return of neurons with these columns of an atlas what they are: bit k stands for `KINDS[k]`."""
+    codes = np.zeros((), dtype=np.int64)
+    for name in (source for source in _KIND_COLUMNS if source in columns):
+        values = np.asarray(columns[name])
         if name == "is_token_detector":
-            kinds |= values.astype(bool)
+            codes = codes | values.astype(bool)
         elif name == "ngram":
-            kinds |= 2 * (values == 2) + 4 * (values == 3)
+            codes = codes | 2 * (values == 2) | 4 * (values == 3)
         elif name == "is_positional":
-            kinds |= 8 * values.astype(bool)
+            codes = codes | 8 * values.astype(bool)
         else:
-            kinds |= sum((16 << index) * (values == role) for index, role in enumerate(KINDS[4:]))
-    if any(source in extra for source in sources):
-        table.packed.add("kind", kinds, "u1")
+            codes = codes | sum((16 << index) * (values == role) for index, role in enumerate(KINDS[4:]))
+    return codes
 
 
 def _order(

@@ -175,7 +175,8 @@ def trajectory_table(result: TrajectoryResult) -> str:
         "own activation ratio",
     ]
     rows = [_row(point, result) for point in (*result.points, *result.pending)]
-    caption = f"Activation ratio, rise and dead neurons at the common CETT {number(result.cett or 0.0)}"
+    at = "the common CETT, which is not found yet" if result.cett is None else f"the common CETT {number(result.cett)}"
+    caption = f"Activation ratio, rise and dead neurons at {at}"
     return figure("Every checkpoint", table(header, rows, caption=caption), wide=True)
 
 

@@ -16,7 +16,6 @@ from neuron_sparsity.damage import DamageResult
 from neuron_sparsity.damage_tables import Interval, LayerDamage, TokenDamage
 from neuron_sparsity.interval import Estimate
 from neuron_sparsity.model_info import ModelInfo
-from neuron_sparsity.saliency import NeuronSaliency
 from tests.report.browser import CHROMIUM, Tab, chromium
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
@@ -263,17 +262,6 @@ def make_removed(info: Any, text: dict[str, Any], stats: Any) -> SimpleNamespace
             "command": "neuron-sparsity report smollm2-135m --p 1 --out run",
         },
     )
-
-
-def make_saliency(run: Run, **changes: Any) -> NeuronSaliency:
-    """Gradients that predict rises of either sign and of every size."""
-    random, shape, sums = np.random.default_rng(2), tuple(run.stats.zero_count.shape), {}
-    names = [name for name in NeuronSaliency.__dataclass_fields__ if name.endswith("_sum") or name == "w_l1"]
-    for name in names:
-        sums[name] = torch.from_numpy(random.normal(size=shape) * np.exp(random.normal(0, 3, shape)))
-    text = corpus("speeches for ranking", 4096, 512)
-    given = {"model": run.stats.model, "corpus": text, "n_tokens": 4096, "n_scored": 4088, **sums}
-    return NeuronSaliency(**given | changes)
 
 
 def make_damage(**changes: Any) -> DamageResult:

@@ -135,6 +135,12 @@ def test_it_is_printed_whole(tab: Tab, tmp_path: Path, run: Any) -> None:
     page = tab.open(report(run.stats, run.result, run.removed, passage=run.passage).html, scheme="dark")
     page.pdf(path=tmp_path / "page.pdf", print_background=True)
     assert (tmp_path / "page.pdf").read_bytes().startswith(b"%PDF")
+    folded = page.locator("details:not([open])").count()
+    assert folded > 2
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert page.locator("details:not([open])").count() == 0
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    assert page.locator("details:not([open])").count() == folded
     page.emulate_media(media="print")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not page.locator("header, .controls").filter(visible=True).count()

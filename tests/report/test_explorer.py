@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.report_page import synthetic_statistics
+from benchmarks.report_page import synthetic_saliency, synthetic_statistics
 from neuron_sparsity.kernels import histogram_edges
 from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report import report
@@ -20,7 +20,7 @@ from neuron_sparsity.report._packed import Packed, asinh_codes, log_codes, unpac
 from neuron_sparsity.report.views import neuron_table
 from neuron_sparsity.taxonomy import atlas as taxonomy_atlas
 from neuron_sparsity.taxonomy.classes import CLASSES
-from tests.report.conftest import Run, make_atlas, make_run, make_saliency
+from tests.report.conftest import Run, make_atlas, make_run
 
 MB = 1_000_000
 
@@ -105,7 +105,7 @@ def test_removal_says_in_which_place_a_neuron_goes(run: Run) -> None:
 @pytest.mark.parametrize("replacement", ["mean", "zero", "resample"])
 def test_gradients_predict_what_each_neuron_alone_costs(run: Run, replacement: str) -> None:
     run.removed.replacement = replacement
-    saliency = make_saliency(run)
+    saliency = synthetic_saliency(run.stats)
     header, sections = unpacked(run, saliency=saliency)
     place = 0.0 if replacement == "zero" else saliency.activation_sum / 4096
     nats = (place * saliency.gradient_sum - saliency.product_sum) / 4088
@@ -118,7 +118,7 @@ def test_gradients_predict_what_each_neuron_alone_costs(run: Run, replacement: s
 
 
 def test_gradients_of_other_neurons_are_refused(run: Run) -> None:
-    other = make_saliency(make_run(d_mlp=40))
+    other = synthetic_saliency(make_run(d_mlp=40).stats)
     with pytest.raises(ValueError, match=r"the saliency is of \[4, 40\] neurons, the statistics of \[4, 48\]"):
         neuron_table(run.stats, saliency=other)
     with pytest.raises(ValueError, match="the statistics and the NeuronSaliency come from different models"):
@@ -126,7 +126,7 @@ def test_gradients_of_other_neurons_are_refused(run: Run) -> None:
 
 
 def test_a_prediction_beyond_all_bounds_is_a_number(run: Run) -> None:
-    saliency = make_saliency(run)
+    saliency = synthetic_saliency(run.stats)
     saliency.product_sum[0, :2] = torch.tensor([-1e300, 1e300], dtype=torch.float64)
     header, sections = unpacked(run, saliency=saliency)
     found = decoded(header, sections, "rise")
@@ -255,6 +255,7 @@ def test_codes_of_few_or_strange_values(values: list[float]) -> None:
 
 def test_the_page_of_30_layers_stays_under_6_mb(full_run: Run) -> None:
     parts = {"passage": full_run.passage, "atlas": make_atlas(full_run.stats)}
+    parts |= {"saliency": synthetic_saliency(full_run.stats)}
     html = report(full_run.stats, full_run.result, full_run.removed, **parts).html
     assert 2 * MB < len(html.encode()) < 6 * MB
 
@@ -262,7 +263,7 @@ def test_the_page_of_30_layers_stays_under_6_mb(full_run: Run) -> None:
 def test_a_page_of_random_text_stays_under_6_mb() -> None:
     """Text that deflate gains least from: tokens of a large vocabulary, independent of each other."""
     stats = synthetic_statistics(30, 1536)
-    html = report(stats, atlas=make_atlas(stats)).html
+    html = report(stats, saliency=synthetic_saliency(stats), atlas=make_atlas(stats)).html
     assert len(html.encode()) < 6 * MB
 
 
@@ -270,7 +271,7 @@ def test_a_page_of_random_text_stays_under_6_mb() -> None:
 def test_the_page_of_32_layers_of_14336_stays_under_15_mb() -> None:
     stats = synthetic_statistics(32, 14_336, n_vocab=128_256)
     atlas = make_atlas(stats, n_texts=5_000)
-    html = report(stats, atlas=atlas).html
+    html = report(stats, saliency=synthetic_saliency(stats), atlas=atlas).html
     assert len(html.encode()) < 15 * MB
     assert "458,752" in html
     said = re.search(r"are in this page for ([\d,]+) neurons", html)

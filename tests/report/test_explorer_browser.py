@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from benchmarks.report_page import synthetic_saliency
 from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report import report
 from neuron_sparsity.report.page import Section, render
 from neuron_sparsity.report.views import neuron_table
 from tests.report.browser import Tab
-from tests.report.conftest import Run, make_atlas, make_run, make_saliency
+from tests.report.conftest import Run, make_atlas, make_run
 from tests.report.test_browser import POLICIES, WIDTHS, without_policy
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def test_a_neuron_without_examples_says_how_to_get_them_and_then_has_them(tab: T
 
 def test_a_neuron_says_what_its_removal_costs(tab: Tab, run: Run) -> None:
     run.removed.removable = [[2, 9], [1, 5]]
-    saliency = make_saliency(run)
+    saliency = synthetic_saliency(run.stats)
     rise = 100 * np.expm1(saliency.predicted_rise(saliency.mean_activation).numpy().ravel())
     page = shown(tab, run, saliency=saliency, anchor="#neuron=1:5")
     said = page.locator(".detail dl").inner_text()

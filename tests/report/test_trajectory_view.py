@@ -107,6 +107,7 @@ def test_an_unfinished_run(result: TrajectoryResult) -> None:
     html = trajectory_report(unfinished).html
     assert "the run is not finished" in html
     assert html.count("not measured") >= 2
+    assert "at the common CETT, which is not found yet" in html
     assert "Every checkpoint could be loaded" in html
 
 

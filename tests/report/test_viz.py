@@ -657,6 +657,9 @@ def test_examples_say_what_an_atlas_knows(results: Results, atlas: SimpleNamespa
     assert "·war" in found.text
     assert "lowers" not in found.text, "what is empty is not shown"
     assert "img" not in found.tags
+    pairs = atlas.table.assign(is_token_detector=False, ngram=2, is_positional=True)
+    found = Document(viz.examples(results.run.stats, NEURON, atlas=pairs).fragment)
+    assert "kind alive, bigram detector, positional, suppression neuron" in " ".join(found.said).replace("  ", " ")
     bare = atlas.table[["layer", "neuron", "class", "activation_frequency"]]
     assert "fires on" not in Document(viz.examples(results.run.stats, NEURON, atlas=bare).fragment).text
     with pytest.raises(ValueError, match=r"0 rows for neuron \(1, 7\); is it of another model"):
