@@ -86,11 +86,14 @@ class ClassRule:
 
     def codes(self, count: NDArray[np.int64], n_tokens: int) -> NDArray[np.int8]:
         """Return the index in `CLASSES` of neurons that are active on `count` of `n_tokens` tokens."""
-        frequency = count / n_tokens
-        code = np.full(count.shape, CLASSES.index("alive"), dtype=np.int8)
+        return self.codes_at(count / n_tokens)
+
+    def codes_at(self, frequency: NDArray[np.float64]) -> NDArray[np.int8]:
+        """Return the index in `CLASSES` of neurons that are active on these shares of the tokens."""
+        code = np.full(frequency.shape, CLASSES.index("alive"), dtype=np.int8)
         code[frequency > self.always_on] = CLASSES.index("always_on")
         code[frequency < self.rare] = CLASSES.index("rare")
-        code[count == 0 if self.definition == "any" else frequency < self.dead] = CLASSES.index("dead")
+        code[frequency == 0 if self.definition == "any" else frequency < self.dead] = CLASSES.index("dead")
         return code
 
     def point(self, count: NDArray[np.int64], n_tokens: int) -> ClassPoint:

@@ -98,7 +98,7 @@ READERS: dict[str, list[str]] = {
     "passage.json": ["render", "render", "report"],
     "trajectory.json": ["fit", "fit", "render"],
     "statistics.safetensors": ["render", "rank", "rank", "rank as JSON", "report", "record"],
-    "saliency.safetensors": ["rank by gradients"],
+    "saliency.safetensors": ["rank by gradients", "render"],
     "atlas.parquet": ["render", "report"],
     "windows.safetensors": ["report"],
     "record.partial.safetensors": ["record"],
