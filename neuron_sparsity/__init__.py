@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.pruning import PrunedModel, prune
     from neuron_sparsity.ranking import Ranking, TokenRanking, rank
     from neuron_sparsity.recorder import NeuronStatistics, record
-    from neuron_sparsity.report import report, trajectory_report
+    from neuron_sparsity.report import report, study_report, trajectory_report
     from neuron_sparsity.saliency import NeuronSaliency, saliency
     from neuron_sparsity.sparsity import (
         Estimate,
@@ -55,6 +55,7 @@ if TYPE_CHECKING:
         sparsify,
         token_activity,
     )
+    from neuron_sparsity.study import StudyConfig, StudyResult, load_config, study
     from neuron_sparsity.taxonomy import (
         Atlas,
         ClassPoint,
@@ -99,6 +100,8 @@ __all__ = [
     "RunFolderError",
     "SparsityCallback",
     "SparsityResult",
+    "StudyConfig",
+    "StudyResult",
     "TokenActivity",
     "TokenRanking",
     "TriggerRule",
@@ -120,6 +123,7 @@ __all__ = [
     "fit_law",
     "fit_scale",
     "fit_width_depth",
+    "load_config",
     "load_corpus",
     "load_model",
     "logit_effects",
@@ -136,6 +140,8 @@ __all__ = [
     "report",
     "saliency",
     "sparsify",
+    "study",
+    "study_report",
     "token_activity",
     "viz",
     "track",
@@ -169,6 +175,8 @@ _MODULE_OF = {
     "RunFolderError": "errors",
     "SparsityCallback": "trajectory",
     "SparsityResult": "sparsity",
+    "StudyConfig": "study",
+    "StudyResult": "study",
     "TokenActivity": "sparsity",
     "TokenRanking": "ranking",
     "TriggerRule": "taxonomy",
@@ -189,6 +197,7 @@ _MODULE_OF = {
     "fit_law": "laws",
     "fit_scale": "laws",
     "fit_width_depth": "laws",
+    "load_config": "study",
     "load_corpus": "corpus",
     "load_model": "adapter",
     "logit_effects": "taxonomy",
@@ -205,6 +214,8 @@ _MODULE_OF = {
     "report": "report",
     "saliency": "saliency",
     "sparsify": "sparsity",
+    "study": "study",
+    "study_report": "report",
     "token_activity": "sparsity",
     "track": "trajectory",
     "trajectory_report": "report",

@@ -199,8 +199,9 @@ def load_model(
     """Return a TransformerLens model that is ready to be measured.
 
     Args:
-        model: A built-in name (`smollm2-135m`), a Hugging Face name or `NAME@REVISION`, a local folder in HF format, a
-            `.gguf` file, or a HookedTransformer or TransformerBridge (checked and returned).
+        model: A built-in name (`smollm2-135m`, `demo-relu`, `demo-silu`), a Hugging Face name or `NAME@REVISION`, a
+            local folder in HF format, a `.gguf` file, or a HookedTransformer or TransformerBridge, which is checked and
+            returned.
         device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None. `"auto"`, or a Hugging Face
             `device_map` of your own, spreads the layers over GPUs, CPU memory and disk (docs/scale.md).
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.

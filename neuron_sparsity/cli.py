@@ -12,7 +12,15 @@ from typing import Annotated
 
 import typer
 
-from neuron_sparsity import __version__, atlas_commands, commands, effect_commands, report_commands, track_command
+from neuron_sparsity import (
+    __version__,
+    atlas_commands,
+    commands,
+    effect_commands,
+    report_commands,
+    study_command,
+    track_command,
+)
 from neuron_sparsity.console import (
     conclude,
     conclude_pareto,
@@ -63,7 +71,7 @@ from neuron_sparsity.terminal import one_flag_a_text, one_line_errors, prepare
 
 __all__ = ["app", "main"]
 
-PARALLEL = ("record", "sparsity")
+PARALLEL = ("record", "sparsity", "study")
 """The commands that several processes can run together (torchrun)."""
 
 app = typer.Typer(
@@ -278,6 +286,7 @@ app.command()(commands.plan)
 app.command()(effect_commands.damage)
 app.command()(effect_commands.evaluate)
 app.command()(commands.prune)
+app.command()(study_command.study)
 app.command()(track_command.track)
 app.command()(commands.doctor)
 

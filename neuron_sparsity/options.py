@@ -73,7 +73,10 @@ REPLACEMENTS = ("mean", "zero", "resample")
 
 Model = Annotated[
     str,
-    typer.Argument(help="Hugging Face name or NAME@REVISION, local folder, .gguf file, or a built-in (smollm2-135m)."),
+    typer.Argument(
+        help="Hugging Face name or NAME@REVISION, local folder, .gguf file, or a built-in (smollm2-135m, demo-relu, "
+        "demo-silu)."
+    ),
 ]
 Text = Annotated[
     list[str] | None,

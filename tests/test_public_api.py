@@ -17,7 +17,7 @@ import pytest
 import neuron_sparsity as ns
 
 PUBLIC_NAMES = sorted(set(ns.__all__) - {"__version__"} - ns._SUBMODULES)
-SHARED_NAMES = ["damage", "pareto", "perplexity", "plan", "report", "saliency"]
+SHARED_NAMES = ["damage", "pareto", "perplexity", "plan", "report", "saliency", "study"]
 
 
 @pytest.mark.parametrize("name", PUBLIC_NAMES)

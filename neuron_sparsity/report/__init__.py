@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from neuron_sparsity.report._compare import compare
 from neuron_sparsity.report._pareto import save_pareto_figure
 from neuron_sparsity.report.page import Report, build
+from neuron_sparsity.report.study_page import study_report
 from neuron_sparsity.report.trajectory_page import trajectory_report
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.saliency import NeuronSaliency
     from neuron_sparsity.sparsity import SparsityResult, TokenActivity
 
-__all__ = ["Report", "compare", "report", "save_pareto_figure", "trajectory_report"]
+__all__ = ["Report", "compare", "report", "save_pareto_figure", "study_report", "trajectory_report"]
 
 
 def report(

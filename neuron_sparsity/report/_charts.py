@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from neuron_sparsity.report._text import count, join, plain
 
-__all__ = ["Axis", "Chart", "asinh_axis", "layer_axis", "linear_axis", "ticks"]
+__all__ = ["Axis", "Chart", "asinh_axis", "layer_axis", "linear_axis", "log_axis", "ticks"]
 
 WIDTH, HEIGHT = 460.0, 290.0
 LEFT, RIGHT, TOP, BOTTOM = 72.0, 14.0, 26.0, 46.0
@@ -95,6 +95,15 @@ def asinh_axis(values: Sequence[float], label: str, *, unit: float) -> Axis:
         return (math.asinh(value / unit) - low) / (high - low)
 
     return Axis(place, at, label, lambda value: f"{_short(value)} %")
+
+
+def log_axis(low: float, high: float, label: str) -> Axis:
+    """Return a logarithmic axis from `low` to `high`, both > 0."""
+    start, end = math.log10(low) - 0.05, math.log10(high) + 0.05
+    steps = (1, 2, 5) if end - start < 3 else (1,)
+    powers = range(math.floor(start), math.floor(end) + 1)
+    at = [step * 10.0**power for power in powers for step in steps if start <= math.log10(step) + power <= end]
+    return Axis(lambda value: (math.log10(max(value, 1e-300)) - start) / (end - start), at[:: len(at) // 8 + 1], label)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_sparsity.kernels import histogram_edges
-from neuron_sparsity.report._charts import Axis, Chart, linear_axis
+from neuron_sparsity.report._charts import Chart, linear_axis, log_axis
 from neuron_sparsity.report._classes import array, layer_labels
 from neuron_sparsity.report._fragments import figure, note
 from neuron_sparsity.report._text import count, number, percent_of, plain, visible
@@ -55,14 +55,6 @@ def bins_of(stats: NeuronStatistics, row: int, neuron: int) -> Bins:
     return Bins(low[held], high[held], counts[held] / stats.n_tokens, zeros / stats.n_tokens, named)
 
 
-def _log_axis(low: float, high: float, label: str) -> Axis:
-    start, end = math.log10(low) - 0.05, math.log10(high) + 0.05
-    steps = (1, 2, 5) if end - start < 3 else (1,)
-    powers = range(math.floor(start), math.floor(end) + 1)
-    at = [step * 10.0**power for power in powers for step in steps if start <= math.log10(step) + power <= end]
-    return Axis(lambda value: (math.log10(max(value, 1e-300)) - start) / (end - start), at[:: len(at) // 8 + 1], label)
-
-
 def neuron_histogram(stats: NeuronStatistics, row: int, neuron: int) -> str:
     """Return how often one neuron contributes how much, on a logarithmic scale, with the layer's thresholds."""
     bins, name = bins_of(stats, row, neuron), f"L{layer_labels(stats)[row]} · N{neuron}"
@@ -74,7 +66,7 @@ def neuron_histogram(stats: NeuronStatistics, row: int, neuron: int) -> str:
     ends = [float(bins.low[0]), float(bins.high[-1]), *shown.values()]
     tallest = float(bins.share.max())
     chart = Chart(
-        _log_axis(min(ends), max(ends), "contribution, in residual-stream norm"),
+        log_axis(min(ends), max(ends), "contribution, in residual-stream norm"),
         linear_axis([0.0, 100 * tallest], "tokens, % of all", zero=True),
         f"{title}: {count(len(bins.low))} bins that hold tokens",
     )
