@@ -61,7 +61,10 @@ kernels: $(VENV)/.installed-test
 	$(VENV)/bin/python -m benchmarks.compile_kernels
 
 notebooks: $(VENV)/.installed-notebooks
-	@for file in notebooks/*.ipynb; do echo "== $$file"; $(VENV)/bin/jupyter-execute --timeout=900 "$$file" || exit 1; done
+	@for file in notebooks/*.ipynb; do \
+		echo "== $$file"; start=$$(date +%s); \
+		$(VENV)/bin/jupyter-execute --timeout=900 "$$file" || exit 1; \
+		echo "== $$file took $$(($$(date +%s) - start)) s"; done
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

@@ -1,8 +1,8 @@
 """Size, time and memory of the report page. Bars: 6 MB, 10 s for 30 x 1,536; 15 MB, 60 s, 2 GiB for 32 x 14,336.
 
-A synthetic run folder holds statistics of that shape, of no model: counts, sums and histograms as those of a recording
-spread, contexts of tokens from a vocabulary in which a token of rank r is drawn about 1/r of the time, as in text. A
-process of its own renders it; its largest resident memory counts whole, Python and torch included.
+A synthetic run folder holds statistics of that shape, of no model: counts, sums and histograms as those
+of a recording spread, contexts of tokens from a vocabulary in which a token of rank r is drawn about 1/r of the time,
+as in text. A process of its own renders it; its largest resident memory counts whole, Python and torch included.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ import torch
 from benchmarks.harness import write_row
 from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.run_results import render
+from neuron_sparsity.saliency import NeuronSaliency
 from neuron_sparsity.statistics import CONTEXT_LENGTH, NeuronStatistics
 from neuron_sparsity.store import RunFolder
 
@@ -69,6 +71,15 @@ def synthetic_statistics(n_layers: int, d_mlp: int, n_tokens: int = 65_536, n_vo
         model=info, corpus=corpus, n_tokens=n_tokens, threshold_names=("CETT-PPL-1%",), token_strings=names,
         **{name: torch.from_numpy(values) for name, values in tensors.items()},
     )  # fmt: skip
+
+
+def synthetic_saliency(stats: Any) -> NeuronSaliency:
+    """Gradients that predict rises of either sign and of every size, for the neurons of statistics."""
+    random, shape = np.random.default_rng(2), tuple(stats.zero_count.shape)
+    names = [name for name in NeuronSaliency.__dataclass_fields__ if name.endswith("_sum") or name == "w_l1"]
+    sums = {name: torch.from_numpy(random.normal(size=shape) * np.exp(random.normal(0, 3, shape))) for name in names}
+    corpus = {"name": "speeches for ranking", "sha256": "1" * 64, "n_tokens": 4096, "window": 512}
+    return NeuronSaliency(model=stats.model, corpus=corpus, n_tokens=4096, n_scored=4088, **sums)
 
 
 def child(folder: Path) -> dict[str, float]:

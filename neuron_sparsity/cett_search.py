@@ -21,16 +21,16 @@ from jaxtyping import Float
 from neuron_sparsity.evaluation import KL_SLOPE, Evaluation, Evaluator
 from neuron_sparsity.search import RootEstimate, at_root, estimate_root, next_cett, spread
 
-__all__ = ["METRICS", "CettSearch", "Goal", "Metric", "carried"]
+__all__ = ["METRICS", "MIN_CETT", "SLOPES", "CettSearch", "Goal", "Metric", "carried"]
 
 Metric = Literal["ppl", "kl"]
 METRICS: tuple[Metric, ...] = ("ppl", "kl")
 
 _MAX_PASSES = 8  # around one p
-_MIN_CETT = 1e-6
+MIN_CETT = 1e-6  # nobody looks below it
 _JITTER = 0.04  # of the rise at 4,096 tokens, as a share of it (docs/measured.md, at p = 1)
 _KL_JITTER = 0.2  # the same of the KL divergence, as a share of it
-_SLOPES = {"ppl": 2.5, "kl": KL_SLOPE}  # of log(rise) over log(CETT), measured on smollm2-135m (docs/measured.md)
+SLOPES = {"ppl": 2.5, "kl": KL_SLOPE}  # of log(rise) over log(CETT), measured on smollm2-135m (docs/measured.md)
 _ROOT_ERROR = 0.3  # standard error of the root that ends the search, in tolerances
 _AT_ROOT = 0.012  # in log(CETT), 0.002 of activation ratio: a pass that close to the root stands for it
 _ON_ROOT = 0.005  # so close to it, a second pass would share the jitter of the first
@@ -78,7 +78,7 @@ class Goal:
         """Return where all passes put p by a metric; the goal's own if None."""
         metric = metric or self.metric
         points = [(e.cett, e.mean(metric)) for e in evaluations]
-        return estimate_root(points, self.target, jitter=self.jitter(metric), prior_slope=_SLOPES[metric])
+        return estimate_root(points, self.target, jitter=self.jitter(metric), prior_slope=SLOPES[metric])
 
 
 def carried(guess: float, found: Sequence[tuple[float, float]]) -> float:
@@ -123,7 +123,7 @@ class CettSearch:
             if cett >= 1.0 and self.value(made) < self.goal.p_percent:
                 break
             cett = self._next()
-            if cett < _MIN_CETT:
+            if cett < MIN_CETT:
                 break
         if not self.reached() and all(e.cett < 1 for e in self.evaluator.evaluations):
             self.evaluator.truncate(1.0)  # "not reached" is said of CETT 1 only
@@ -150,7 +150,7 @@ class CettSearch:
         root = self.goal.root(self.evaluator.evaluations)
         points = [(e.cett, e.mean(self.goal.metric)) for e in self.evaluator.evaluations]
         if root is None or (root.n_points < 2 and not self._stands(root)):
-            return next_cett(points, self.goal.target, prior_slope=_SLOPES[self.goal.metric])
+            return next_cett(points, self.goal.target, prior_slope=SLOPES[self.goal.metric])
         on_it = root.n_points < 2 and abs(math.log(self.evaluator.evaluations[-1].cett / root.cett)) < _ON_ROOT
         return spread(root, points) if on_it else at_root(root, points)
 

@@ -34,7 +34,6 @@ from neuron_sparsity.options import (
     DEFAULT_MODEL,
     DEFAULT_RANKING_TOKENS,
     DEFAULT_TOKENS,
-    RANKINGS,
     AsJson,
     BatchSize,
     Bos,
@@ -280,91 +279,8 @@ def pareto(
     conclude_pareto(run.folder.path, result, quiet=quiet, as_json=as_json)
 
 
-@app.command()
-@one_line_errors
-def rank(
-    folder: Annotated[Path, typer.Argument(help="Run folder with a recording.")],
-    by: Annotated[
-        str, typer.Option("--by", help=f"{', '.join(RANKINGS)}; from wanda on, after `ablate` by such a one.")
-    ] = "contribution",
-    weakest: Annotated[
-        int | None, typer.Option("--weakest", help="How many of the weakest to list. Default: 20.")
-    ] = None,
-    strongest: Annotated[
-        int | None, typer.Option("--strongest", help="List this many of the strongest instead.")
-    ] = None,
-    scope: Scope = "model",
-    seed: Seed = 0,
-    as_json: AsJson = False,
-) -> None:
-    """List the weakest (or strongest) neurons of a recording."""
-    from neuron_sparsity.ranking import rank as rank_neurons
-    from neuron_sparsity.saliency import NeuronSaliency
-    from neuron_sparsity.scores import RANKINGS as DEFINITIONS
-    from neuron_sparsity.statistics import NeuronStatistics
-    from neuron_sparsity.store import RunFolder
-
-    if weakest is not None and strongest is not None:
-        raise typer.BadParameter("give --weakest or --strongest, not both")
-    stats = NeuronStatistics.load(RunFolder(folder).path)
-    gradients = NeuronSaliency.load(folder) if by in DEFINITIONS and DEFINITIONS[by].needs == "saliency" else None
-    ranking = rank_neurons(stats, by=by, saliency=gradients, scope=scope, seed=seed)  # type: ignore[call-overload]
-    neurons = (
-        ranking.strongest(strongest) if strongest is not None else ranking.weakest(20 if weakest is None else weakest)
-    )
-    rows = {block: row for row, block in enumerate(stats.model.layers)}
-    listed = [
-        {"layer": layer, "neuron": neuron, "score": float(ranking.scores[rows[layer], neuron])}
-        for layer, neuron in neurons
-    ]
-    if as_json:
-        print_json(
-            {
-                "by": by,
-                "scope": scope,
-                "definition": DEFINITIONS[by].definition,
-                "corpus": ranking.corpus,
-                "neurons": listed,
-            }
-        )
-        return
-    which = "strongest" if strongest is not None else "weakest"
-    say(f"{which} by {DEFINITIONS[by].definition}; {measured_on(stats.model.name, ranking.corpus)}")
-    for entry in listed:
-        typer.echo(f"layer {entry['layer']:>3}  neuron {entry['neuron']:>6}  {entry['score']:.4g}")
-
-
-@app.command()
-@one_line_errors
-def fit(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help="trajectory.json or its run folder, a CSV with columns tokens,activation_ratio, or a JSON object with "
-            "the lists token_passed and activation_ratio."
-        ),
-    ],
-    law: Annotated[str, typer.Option("--law", help="auto, relu or silu.")] = "auto",
-    drop_first: Annotated[int, typer.Option("--drop-first", help="Warm-up points to leave out.")] = 0,
-    noise: Annotated[
-        str, typer.Option("--noise", help="independent, or ar1: neighbouring points err together.")
-    ] = "independent",
-    quiet: Quiet = False,
-    as_json: AsJson = False,
-) -> None:
-    """Fit the law of activation ratio over training tokens, with intervals and rival laws."""
-    from neuron_sparsity.laws import fit_law, read_points
-    from neuron_sparsity.summary import law_lines
-
-    points = read_points(file)
-    found = fit_law(*points, law=law, drop_first=drop_first, noise=noise)  # type: ignore[arg-type]
-    if as_json:
-        print_json(found.to_json())
-    elif not quiet:
-        for line in law_lines(found, file.name or str(file)):
-            say(line)
-
-
+app.command()(commands.rank)
+app.command()(commands.fit)
 app.command()(atlas_commands.atlas)
 app.command()(commands.plan)
 app.command()(effect_commands.damage)
@@ -372,20 +288,7 @@ app.command()(effect_commands.evaluate)
 app.command()(commands.prune)
 app.command()(study_command.study)
 app.command()(track_command.track)
-
-
-@app.command()
-@one_line_errors
-def doctor(as_json: AsJson = False) -> None:
-    """Show versions, devices and what works here."""
-    from neuron_sparsity.doctor import examine, lines
-
-    found = examine()
-    if as_json:
-        print_json(found)
-    else:
-        for line in lines(found):
-            say(line)
+app.command()(commands.doctor)
 
 
 @app.callback(invoke_without_command=True)

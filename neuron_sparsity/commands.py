@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from neuron_sparsity.console import measured_on, print_json, say
 from neuron_sparsity.options import (
     DEFAULT_MODEL,
     DEFAULT_TOKENS,
+    RANKINGS,
     AsJson,
     BatchSize,
     Device,
@@ -19,6 +21,8 @@ from neuron_sparsity.options import (
     NCtx,
     Quiet,
     RemoteCode,
+    Scope,
+    Seed,
     Tokens,
     check_sizes,
 )
@@ -30,7 +34,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.plan import Plan
     from neuron_sparsity.pruning import PrunedModel
 
-__all__ = ["plan", "prune", "show_plan", "size_text"]
+__all__ = ["doctor", "fit", "plan", "prune", "rank", "show_plan", "size_text"]
 
 
 @one_line_errors
@@ -47,7 +51,6 @@ def plan(
     """Show what measuring a model will need: memory, disk and time. No weights are read, and no device is needed."""
     check_sizes({"tokens": tokens, "n_ctx": n_ctx, "batch_size": batch_size})
     from neuron_sparsity.plan import plan as make_plan
-    from neuron_sparsity.store import to_json_text
 
     made = make_plan(
         model,
@@ -59,7 +62,7 @@ def plan(
         trust_remote_code=trust_remote_code,
     )
     if as_json:
-        typer.echo(to_json_text(made.to_json()))
+        print_json(made.to_json())
     else:
         show_plan(made)
 
@@ -86,7 +89,7 @@ def prune(
     from neuron_sparsity.errors import RunFolderError
     from neuron_sparsity.pruning import prune as prune_model
     from neuron_sparsity.run_results import load_run, means_of
-    from neuron_sparsity.store import RunFolder, to_json_text
+    from neuron_sparsity.store import RunFolder
     from neuron_sparsity.weights import load_weights
 
     found = load_run(folder)
@@ -105,10 +108,106 @@ def prune(
     )
     pruned = prune_model(plain, removed, means=means, form=form, out=out, tokenizer=tokenizer)
     if as_json:
-        typer.echo(to_json_text({"folder": str(out)} | pruned.to_json()))
+        print_json({"folder": str(out)} | pruned.to_json())
     elif not quiet:
         for line in (*_pruned_lines(pruned), f"checkpoint: {out}"):
-            typer.echo(printable(line))
+            say(line)
+
+
+@one_line_errors
+def rank(
+    folder: Annotated[Path, typer.Argument(help="Run folder with a recording.")],
+    by: Annotated[
+        str, typer.Option("--by", help=f"{', '.join(RANKINGS)}; from wanda on, after `ablate` by such a one.")
+    ] = "contribution",
+    weakest: Annotated[
+        int | None, typer.Option("--weakest", help="How many of the weakest to list. Default: 20.")
+    ] = None,
+    strongest: Annotated[
+        int | None, typer.Option("--strongest", help="List this many of the strongest instead.")
+    ] = None,
+    scope: Scope = "model",
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> None:
+    """List the weakest (or strongest) neurons of a recording."""
+    from neuron_sparsity.ranking import rank as rank_neurons
+    from neuron_sparsity.saliency import NeuronSaliency
+    from neuron_sparsity.scores import RANKINGS as DEFINITIONS
+    from neuron_sparsity.statistics import NeuronStatistics
+    from neuron_sparsity.store import RunFolder
+
+    if weakest is not None and strongest is not None:
+        raise typer.BadParameter("give --weakest or --strongest, not both")
+    stats = NeuronStatistics.load(RunFolder(folder).path)
+    gradients = NeuronSaliency.load(folder) if by in DEFINITIONS and DEFINITIONS[by].needs == "saliency" else None
+    ranking = rank_neurons(stats, by=by, saliency=gradients, scope=scope, seed=seed)  # type: ignore[call-overload]
+    neurons = (
+        ranking.strongest(strongest) if strongest is not None else ranking.weakest(20 if weakest is None else weakest)
+    )
+    rows = {block: row for row, block in enumerate(stats.model.layers)}
+    listed = [
+        {"layer": layer, "neuron": neuron, "score": float(ranking.scores[rows[layer], neuron])}
+        for layer, neuron in neurons
+    ]
+    if as_json:
+        print_json(
+            {
+                "by": by,
+                "scope": scope,
+                "definition": DEFINITIONS[by].definition,
+                "corpus": ranking.corpus,
+                "neurons": listed,
+            }
+        )
+        return
+    which = "strongest" if strongest is not None else "weakest"
+    say(f"{which} by {DEFINITIONS[by].definition}; {measured_on(stats.model.name, ranking.corpus)}")
+    for entry in listed:
+        typer.echo(f"layer {entry['layer']:>3}  neuron {entry['neuron']:>6}  {entry['score']:.4g}")
+
+
+@one_line_errors
+def fit(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="trajectory.json or its run folder, a CSV with columns tokens,activation_ratio, or a JSON object with "
+            "the lists token_passed and activation_ratio."
+        ),
+    ],
+    law: Annotated[str, typer.Option("--law", help="auto, relu or silu.")] = "auto",
+    drop_first: Annotated[int, typer.Option("--drop-first", help="Warm-up points to leave out.")] = 0,
+    noise: Annotated[
+        str, typer.Option("--noise", help="independent, or ar1: neighbouring points err together.")
+    ] = "independent",
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the law of activation ratio over training tokens, with intervals and rival laws."""
+    from neuron_sparsity.laws import fit_law, read_points
+    from neuron_sparsity.summary import law_lines
+
+    points = read_points(file)
+    found = fit_law(*points, law=law, drop_first=drop_first, noise=noise)  # type: ignore[arg-type]
+    if as_json:
+        print_json(found.to_json())
+    elif not quiet:
+        for line in law_lines(found, file.name or str(file)):
+            say(line)
+
+
+@one_line_errors
+def doctor(as_json: AsJson = False) -> None:
+    """Show versions, devices and what works here."""
+    from neuron_sparsity.doctor import examine, lines
+
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        for line in lines(found):
+            say(line)
 
 
 def _pruned_lines(pruned: PrunedModel) -> list[str]:

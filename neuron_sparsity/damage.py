@@ -226,31 +226,22 @@ def damage(
         >>> found = damage(model, corpus, [(3, 141), (7, 5)])  # doctest: +SKIP
         >>> found.hurt[0].token, found.hurt[0].difference, found.layers[0].share  # doctest: +SKIP
     """
-    if layers is not None and layers not in _LAYER_PASSES:
-        raise ValueError(f"layers must be 'alone', 'spared' or None, got {layers!r}")
-    for name, value, least in (
-        ("n_tokens", n_tokens, 0),
-        ("per_document", per_document, 1),
-        ("min_count", min_count, 2),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    _check(layers, n_tokens=n_tokens, per_document=per_document, min_count=min_count)
     start = time.perf_counter()
     adapter = attach(model)
     with _changed(adapter, change, replacement, means, windows, seed) as (said, hook, touched):
         passes = _Passes(adapter, windows, batch_size, progress)
         changed, kl = passes.compare(hook, "changed pass")
         difference = changed - passes.dense
-        columns = [difference.double(), kl.double()]
+        columns = [difference, kl]
         for row in touched if layers else []:
             inside, _ = passes.compare(_in_layers(hook, row, layers), f"layer {adapter.info.layers[row]} {layers}")
-            part = inside - passes.dense if layers == "alone" else changed - inside
-            columns.append(part.double())
+            columns.append(inside - passes.dense if layers == "alone" else changed - inside)
     rows = [adapter.info.layers[row] for row in touched] if layers else []
-    parts = _parts(torch.stack([column.sum(dim=1) for column in columns], dim=1), windows, rows)
+    parts = _parts(torch.stack([column.double().sum(dim=1) for column in columns], dim=1), windows, rows)
     ppl_dense, rise = math.exp(mean_loss(passes.dense, windows.scored)), parts["rise"].mean
     names = _token_names(adapter, windows)
-    listed = {"difference": difference, "kl": kl, "dense": passes.dense}
+    values = {"difference": difference, "kl": kl, "dense": passes.dense}
     return DamageResult(
         change=said,
         ppl_dense=ppl_dense,
@@ -258,8 +249,8 @@ def damage(
         ppl_increase_percent=100 * math.expm1(min(rise, 500.0)),
         **parts,
         **percentiles(difference[windows.scored]),
-        hurt=extremes(windows, listed, names, n_tokens, per_document, largest=True),
-        helped=extremes(windows, listed, names, n_tokens, per_document, largest=False),
+        hurt=extremes(windows, values, names, n_tokens, per_document, largest=True),
+        helped=extremes(windows, values, names, n_tokens, per_document, largest=False),
         by_token=by_token(windows, difference, kl, names, min_count, n_tokens),
         min_count=min_count,
         by_decile=by_decile(windows, difference, kl),
@@ -267,10 +258,18 @@ def damage(
         model=adapter.info,
         corpus=windows.describe(),
         cost={"forward_passes": float(passes.count), "seconds": time.perf_counter() - start},
-        provenance=provenance() | parallel.described() | {"forward": adapter.forward},
+        provenance=provenance(seed=seed) | parallel.described() | {"forward": adapter.forward},
         loss_difference=difference,
         token_kl=kl,
     )
+
+
+def _check(layers: str | None, **counts: int) -> None:
+    if layers is not None and layers not in _LAYER_PASSES:
+        raise ValueError(f"layers must be 'alone', 'spared' or None, got {layers!r}")
+    for name, least in (("n_tokens", 0), ("per_document", 1), ("min_count", 2)):
+        if counts[name] < least:
+            raise ValueError(f"{name} must be at least {least}, got {counts[name]}")
 
 
 class _Passes:

@@ -16,12 +16,12 @@ from neuron_sparsity.divergence import _IN_MEMORY
 from neuron_sparsity.kernels import N_BINS, StatisticsState
 from neuron_sparsity.kernels.reference import BLOCK_TOKEN
 from neuron_sparsity.perplexity import _LOGIT_FLOATS
-from neuron_sparsity.recorder import _PEAK_VALUES
+from neuron_sparsity.recording import _PEAK_VALUES
 from neuron_sparsity.statistics import _TENSORS, CONTEXT_LENGTH
+from neuron_sparsity.windows import kept_bytes
 
 __all__ = ["Footprint"]
 
-_MAX_WINDOW_BYTES = 64 << 20  # as in `pipeline`: larger texts are not kept in the run folder
 _TRITON_SUMS = 1024 * 128 * 3 * 8  # sums that the programs of the CUDA kernel write side by side
 
 
@@ -154,8 +154,7 @@ class Footprint:
 
     def windows(self, n_windows: int) -> int:
         """`windows.safetensors` of a run: an int32 and a bool a token, where that is not too much to keep."""
-        size = n_windows * self.n_ctx * (4 + 1)
-        return size if size <= _MAX_WINDOW_BYTES else 0
+        return kept_bytes(n_windows * self.n_ctx)
 
 
 def _is_counter(state: StatisticsState, name: str) -> bool:

@@ -32,22 +32,23 @@ from neuron_sparsity.kernels import Backend
 from neuron_sparsity.pareto import ParetoResult, pareto
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import Ranking, rank
-from neuron_sparsity.recorder import drop_finished, record
+from neuron_sparsity.recorder import record
+from neuron_sparsity.recording import drop_finished
 from neuron_sparsity.rules import parse_rules
 from neuron_sparsity.run_results import means_of
 from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency, saliency
 from neuron_sparsity.scores import RANKINGS, best_ranking
 from neuron_sparsity.sparsity import SparsityResult, cett_ppl_sparsities
 from neuron_sparsity.statistics import NeuronStatistics
-from neuron_sparsity.store import RunFolder, blaming, decode, read_json, write_json, write_tensors
+from neuron_sparsity.store import RunFolder, blaming, decode, read_json, write_json
 from neuron_sparsity.taxonomy import Atlas, atlas
 from neuron_sparsity.truncation import TokenActivity, token_activity
 from neuron_sparsity.typed import checked
+from neuron_sparsity.windows import keep_windows
 
 __all__ = ["CALIBRATION_SHARE", "Run"]
 
 CALIBRATION_SHARE = 2 / 3
-_MAX_WINDOW_BYTES = 64 << 20
 
 
 @dataclass
@@ -350,11 +351,7 @@ class Run:
             parts |= {"heldout_": heldout} | (
                 {} if calibration.sha256 == main.sha256 else {"calibration_": calibration}
             )
-        tensors = {
-            f"{prefix}{name}": getattr(part, name) for prefix, part in parts.items() for name in ("tokens", "scored")
-        }
-        if sum(tensor.nbytes for tensor in tensors.values()) <= _MAX_WINDOW_BYTES:
-            write_tensors(self.folder.file("windows.safetensors"), tensors, main.describe())
+        keep_windows(self.folder.path, parts)
 
     def _measured_windows(self) -> Windows:
         """Return the windows that `sparsity.json` was measured on, if it is there; else those to be searched."""

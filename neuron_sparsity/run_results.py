@@ -39,7 +39,7 @@ __all__ = [
 def load_run(path: str | Path) -> dict[str, Any]:
     """Return what a run folder holds, or None for it.
 
-    `stats`, `result`, `removed`, `passage`, `pareto`, `damage`, `atlas`.
+    `stats`, `result`, `removed`, `passage`, `pareto`, `damage`, `saliency`, `atlas`.
 
     Raises:
         RunFolderError: If it is no run folder, or a file in it is damaged or newer.
@@ -58,6 +58,7 @@ def load_run(path: str | Path) -> dict[str, Any]:
         data = read_json(file) if folder.has(name) else None
         with blaming(file):
             found[key] = None if data is None else checked(build(data))
+    found["saliency"] = NeuronSaliency.load(folder.path) if folder.has(SALIENCY_FILE) else None
     found["atlas"] = Atlas.load(folder.path) if folder.has(ATLAS_FILE) else None
     return found
 
@@ -127,7 +128,7 @@ def render(
     flat_indices(found["stats"], places)
     mend = "if a file in it was edited, delete that file and run its step again"
     with blaming(Path(path), "cannot be rendered", mend):
-        parts = {name: found.get(name) for name in ("passage", "pareto", "damage", "atlas")}
+        parts = {name: found.get(name) for name in ("passage", "pareto", "damage", "saliency", "atlas")}
         page = report(found["stats"], found["result"], found["removed"], neurons=places, **parts)
         page.save(Path(path) / "report.html")
     return page

@@ -125,9 +125,13 @@ def _named(checkpoints: list[str], every: int) -> tuple[list[str], dict[str, flo
     counts: dict[str, float] = {}
     if every < 1:
         raise ValueError(f"--every must be at least 1, got {every}")
+    if every > 1 and not any(_is_all(checkpoint) for checkpoint in checkpoints):
+        raise ValueError(
+            f"--every {every} is for NAME{_ALL}, and none is named; leave it out, or name fewer checkpoints"
+        )
     for checkpoint in checkpoints:
         name, _, count = checkpoint.rpartition("=")
-        if checkpoint.endswith(_ALL) and not Path(checkpoint).exists():
+        if _is_all(checkpoint):
             names += checkpoint_schedule(checkpoint.removesuffix(_ALL), every=every)
         elif name and not Path(checkpoint).exists():
             try:
@@ -138,3 +142,7 @@ def _named(checkpoints: list[str], every: int) -> tuple[list[str], dict[str, flo
         else:
             names.append(checkpoint)
     return names, counts
+
+
+def _is_all(checkpoint: str) -> bool:
+    return checkpoint.endswith(_ALL) and not Path(checkpoint).exists()

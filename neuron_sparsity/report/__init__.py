@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.damage import DamageResult
     from neuron_sparsity.pareto import ParetoResult
     from neuron_sparsity.recorder import NeuronStatistics
+    from neuron_sparsity.saliency import NeuronSaliency
     from neuron_sparsity.sparsity import SparsityResult, TokenActivity
 
 __all__ = ["Report", "compare", "report", "save_pareto_figure", "study_report", "trajectory_report"]
@@ -33,6 +34,7 @@ def report(
     passage: TokenActivity | None = None,
     pareto: ParetoResult | None = None,
     damage: DamageResult | None = None,
+    saliency: NeuronSaliency | None = None,
     atlas: Any = None,
     neurons: Iterable[tuple[int, int]] = (),
     title: str | None = None,
@@ -46,6 +48,7 @@ def report(
         passage: Activation ratio of a passage, layer by token.
         pareto: Perplexity against activation ratio under every rule; shown where it was measured.
         damage: What a change does to single tokens and in which layers; shown where it was measured.
+        saliency: What gradients predict of removing each neuron alone appears in the table of neurons.
         atlas: An Atlas, or a DataFrame with its columns, one row a neuron: kinds, triggers and logit effects appear in
             the table of neurons. Missing columns are not shown.
         neurons: (layer, neuron) whose examples must be on the page; a page has room for those of a part of them only.
@@ -58,5 +61,6 @@ def report(
         ValueError: If the parts come from different models, or disagree in shape; if one of `neurons` does not exist.
     """
     return build(
-        stats, result, removed, passage=passage, pareto=pareto, damage=damage, atlas=atlas, neurons=neurons, title=title
-    )
+        stats, result, removed, passage=passage, pareto=pareto, damage=damage, saliency=saliency, atlas=atlas,
+        neurons=neurons, title=title,
+    )  # fmt: skip

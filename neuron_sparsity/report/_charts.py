@@ -46,10 +46,18 @@ class Axis:
 
 
 def linear_axis(values: Sequence[float], label: str, *, zero: bool = False, whole: bool = False) -> Axis:
-    """Return a linear axis with a little room; with `zero` it starts at 0, with `whole` its ticks are integers."""
+    """Return a linear axis with a little room; with `zero` it starts at 0, with `whole` its ticks are integers.
+
+    Where no value is negative, the axis has no negative part either: no share or loss is below 0.
+
+    Example:
+        >>> linear_axis([0.0, 0.0], "activation ratio").ticks
+        [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
+    """
     low, high = min(values, default=0.0), max(values, default=1.0)
     room = 0.04 * (high - low) or 0.5 * abs(high) or 0.5
-    low, high = (min(0.0, low) if zero else low - room), high + room
+    with_room = low - room if low < 0 else max(0.0, low - room)
+    low, high = (min(0.0, low) if zero else with_room), high + room
     at = [tick for tick in ticks(low, high) if not whole or tick == round(tick)]
 
     def place(value: float) -> float:

@@ -1,6 +1,6 @@
 """Counts of dead, rare, alive and always-on neurons, and which activity definition a run can give.
 
-The classes split the neurons of a layer by activation frequency; the never active are a part of the dead.
+The classes are those of the atlas, by the same rule and from the same counts; the never active are a part of the dead.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from neuron_sparsity.report._text import number
 from neuron_sparsity.search import search_name
-from neuron_sparsity.taxonomy.classes import ALWAYS_ON, DEAD, RARE
+from neuron_sparsity.taxonomy.classes import ALWAYS_ON, CLASSES, DEAD, NONZERO, RARE, ClassRule, active_counts
 
 if TYPE_CHECKING:
     from neuron_sparsity.recorder import NeuronStatistics
@@ -47,6 +47,16 @@ class Activity:
     definition: str
     exact: bool = True
 
+    @property
+    def codes(self) -> NDArray[np.int8]:
+        """Index in `taxonomy.classes.CLASSES` of the class of each neuron."""
+        return ClassRule().codes_at(self.frequency)
+
+    @property
+    def dead(self) -> NDArray[np.bool_]:
+        """Whether each neuron is dead."""
+        return self.codes == CLASSES.index("dead")
+
 
 @dataclass(frozen=True)
 class ClassCounts:
@@ -73,9 +83,7 @@ def layer_labels(stats: NeuronStatistics) -> list[int]:
 
 def exactly_zero(stats: NeuronStatistics) -> Activity:
     """Return activity under "exactly zero or not": active iff the post-activation is not zero."""
-    zero = array(stats.zero_count)
-    definition = "post-activation is not exactly zero"
-    return Activity(1.0 - zero / stats.n_tokens, zero == stats.n_tokens, definition)
+    return _counted(stats, NONZERO)
 
 
 def activity(stats: NeuronStatistics, result: SparsityResult | None = None) -> Activity:
@@ -86,24 +94,23 @@ def activity(stats: NeuronStatistics, result: SparsityResult | None = None) -> A
     """
     names = tuple(stats.threshold_names)
     if result is None:
-        return _counted(stats, 0) if names else exactly_zero(stats)
+        return _counted(stats, None)
     wanted = np.array([layer.threshold for layer in result.layers], dtype=np.float64)
     if not result.reached or not wanted.size or not (np.isfinite(wanted) & (wanted > 0)).all():
         return exactly_zero(stats)
     recorded = array(stats.thresholds)
     for column in range(len(names)):
         if np.allclose(recorded[:, column], wanted, rtol=1e-5, atol=0.0):
-            return _counted(stats, column)
+            return _counted(stats, names[column])
     frequency = array(stats.activation_frequency_at(wanted.tolist())).astype(np.float64)
     name = search_name(result.metric, result.p_percent)
     definition = f"contribution ≥ the layer's {name} threshold (read off the histogram)"
     return Activity(frequency, frequency <= 0, definition, exact=False)
 
 
-def _counted(stats: NeuronStatistics, column: int) -> Activity:
-    above = array(stats.above_count)[:, :, column]
-    definition = f"contribution ≥ the layer's {stats.threshold_names[column]} threshold"
-    return Activity(above / stats.n_tokens, above == 0, definition)
+def _counted(stats: NeuronStatistics, active: str | None) -> Activity:
+    counts, words = active_counts(stats, active)
+    return Activity(counts / stats.n_tokens, counts == 0, words.replace(">=", "≥"))
 
 
 def class_counts(
@@ -120,13 +127,9 @@ def class_counts(
     Raises:
         ValueError: Unless 0 <= dead <= rare <= always_on <= 1.
     """
-    if not 0 <= dead <= rare <= always_on <= 1:
-        raise ValueError(f"need 0 <= dead <= rare <= always_on <= 1, got {dead}, {rare}, {always_on}")
-    frequency = active.frequency
-    is_dead, is_on = frequency < dead, frequency > always_on
-    is_rare = ~is_dead & (frequency < rare)
-    is_alive = ~(is_dead | is_rare | is_on)
-    return ClassCounts(*(mask.sum(axis=1) for mask in (is_dead, is_rare, is_alive, is_on, active.never)))
+    code = ClassRule("frequency", dead, rare, always_on).codes_at(active.frequency)
+    sizes = {name: (code == index).sum(axis=1) for index, name in enumerate(CLASSES)}
+    return ClassCounts(**sizes, never=active.never.sum(axis=1))
 
 
 def upper_bound(n_tokens: int) -> str:

@@ -231,7 +231,9 @@ def _depth(runs: Sequence[_Run]) -> tuple[Axis, Callable[[_Run, int], float]]:
     return axis, lambda run, row: (row + 0.5) / len(layer_labels(run.stats))
 
 
-def _per_layer(runs: Sequence[tuple[_Run, Sequence[float]]], quantity: str, title: str, caption: str) -> Markup:
+def _per_layer(
+    runs: Sequence[tuple[_Run, Sequence[float]]], quantity: str, title: str, caption: str, *, wide: bool = False
+) -> Markup:
     """One line a run over the layers."""
     if not runs:
         return note(f"{title}: {_NOT_MEASURED} in any of these runs.")
@@ -244,7 +246,7 @@ def _per_layer(runs: Sequence[tuple[_Run, Sequence[float]]], quantity: str, titl
         for at, (where, value) in enumerate(points):
             said = f"{run.label}, layer {layer_labels(run.stats)[at]}: {number(value)}"
             chart.point(where, value, said, style=f"dot run-{run.place}", radius=2.4)
-    return figure(title, Markup("{}{}").format(chart.svg(), _key([run for run, _ in runs])), caption)
+    return figure(title, Markup("{}{}").format(chart.svg(), _key([run for run, _ in runs])), caption, wide=wide)
 
 
 def _rises(
@@ -331,7 +333,7 @@ def _dead(runs: Sequence[_Run]) -> Markup:
         for run in runs
     )
     caption = f"In percent of the layer: active on under {target(100 * classes.DEAD)} of tokens. Active, {seen}."
-    return _per_layer(rows, "dead neurons, %", "Dead neurons of each layer", caption)
+    return _per_layer(rows, "dead neurons, %", "Dead neurons of each layer", caption, wide=True)
 
 
 def _measured(runs: Sequence[_Run]) -> list[Markup]:

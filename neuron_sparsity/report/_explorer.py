@@ -7,7 +7,7 @@ stands out most from their mean, the rarest that fire at all, and some at random
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_sparsity.kernels import histogram_edges
-from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report._classes import Activity, array, layer_labels
 from neuron_sparsity.report._packed import Packed, asinh_codes, log_codes
 from neuron_sparsity.report._text import visible_token
 from neuron_sparsity.statistics import CONTEXT_BEFORE
+from neuron_sparsity.taxonomy.files import ROLES
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
     from neuron_sparsity.recorder import NeuronStatistics
+    from neuron_sparsity.saliency import NeuronSaliency
 
-__all__ = ["Explorer", "atlas_columns", "explorer", "flat_indices"]
+__all__ = ["Explorer", "atlas_columns", "explorer", "flat_indices", "kind_codes", "stand_in"]
 
 LARGE = 65_536  # neurons beyond which numbers are stored to 1 % and histograms go along for the chosen part only
 KINDS = (
@@ -33,10 +34,9 @@ KINDS = (
     "bigram detector",
     "trigram detector",
     "positional",
-    "prediction",
-    "suppression",
-    "partition",
+    *(role for role in ROLES if role != "none"),
 )
+_KIND_COLUMNS = ("is_token_detector", "ngram", "is_positional", "logit_role")
 _MOST_CHARACTERS = 60  # of a trigger or token
 _NUMBERS = (  # of an atlas: column, name, heading, unit, scale
     ("n_triggers", "triggers", "triggers", "count", "asinh"),
@@ -98,6 +98,7 @@ def explorer(
     active: Activity,
     removed: AblationResult | None = None,
     *,
+    saliency: NeuronSaliency | None = None,
     atlas: Any = None,
     neurons: Iterable[tuple[int, int]] = (),
     thresholds: Sequence[float] = (),
@@ -108,21 +109,23 @@ def explorer(
         stats: The run.
         active: How often each neuron is active.
         removed: Gives the order in which neurons can go.
+        saliency: Gives what it predicts of removing each neuron alone.
         atlas: An Atlas or DataFrame; the columns that are there are shown.
         neurons: (layer, neuron) that bring their examples along besides the chosen ones.
         thresholds: Drawn into the histograms, one a layer.
 
     Raises:
-        ValueError: If a neuron that is asked for does not exist, or the atlas is of other neurons.
+        ValueError: If a neuron that is asked for does not exist, or the atlas or the saliency is of other neurons.
     """
     labels, (n_layers, width) = layer_labels(stats), active.frequency.shape
     extra = atlas_columns(atlas, labels, width)
+    rise = _predicted_rise(saliency, removed, (n_layers, width))
     wanted = flat_indices(stats, neurons)
     n_tokens = sum(most for name, most in _LISTS if name in extra)
     order, capacity, n_examples = _order(stats, active, n_tokens, wanted)
     while True:
         chosen = np.sort(order[:capacity])
-        found = _packed(stats, active, removed, extra, chosen, n_examples, thresholds)
+        found = _packed(stats, active, removed, rise, extra, chosen, n_examples, thresholds)
         over = len(found.text) / text_bytes(n_layers * width)
         if over <= 1 or capacity <= max(len(wanted), 1):
             return found
@@ -134,6 +137,7 @@ def _packed(
     stats: NeuronStatistics,
     active: Activity,
     removed: AblationResult | None,
+    rise: NDArray[np.float64] | None,
     extra: dict[str, NDArray[Any]],
     chosen: NDArray[np.int64],
     n_examples: int,
@@ -145,8 +149,10 @@ def _packed(
     head = {"width": width, "layers": labels, "tokens": stats.n_tokens, "window": window, "n": table.n_neurons}
     table.packed.header |= head | {"kinds": list(KINDS), "columns": []}
     _numbers(table, stats, active)
-    _removal(table, removed, labels)
     _atlas_numbers(table, extra)
+    if rise is not None:
+        table.column("rise", "removed alone", "removed alone, predicted", "rise", "asinh", rise)
+    _removal(table, removed, labels)
     names = [name for name, _ in _LISTS if name in extra]
     table.packed.add("chosen", chosen, "u4")
     strings = _Strings()
@@ -166,12 +172,13 @@ class _Table:
     n_neurons: int
 
     def column(self, key: str, label: str, short: str, unit: str, scale: str, values: NDArray[Any]) -> None:
-        """Add a column of numbers headed `short`; `unit` is percent (of a share), number, count or bits."""
+        """Add a column of numbers headed `short`; `unit` is percent (of a share), rise, number, count or bits."""
         levels = 65_534 if self.n_neurons <= LARGE else 4_094
         encode = log_codes if scale == "log" else asinh_codes
-        codes, low, high = encode(np.asarray(values, dtype=np.float64).ravel(), levels)
+        codes, low, high, *step = encode(np.asarray(values, dtype=np.float64).ravel(), levels)
         self.packed.add(key, codes, "u2")
         shape = {"key": key, "label": label, "short": short, "unit": unit, "scale": scale, "low": low, "high": high}
+        shape |= {"step": step[0]} if step else {}
         self.packed.header["columns"].append(shape)
 
 
@@ -206,9 +213,33 @@ def flat_indices(stats: NeuronStatistics, neurons: Iterable[tuple[int, int]]) ->
     return list(dict.fromkeys(found))
 
 
+def stand_in(removed: AblationResult | None) -> str:
+    """Return what predictions put in a neuron's place: "zero" if that is what was removed by, else "mean"."""
+    return "zero" if removed is not None and removed.replacement == "zero" else "mean"
+
+
+def _predicted_rise(
+    saliency: NeuronSaliency | None, removed: AblationResult | None, shape: tuple[int, int]
+) -> NDArray[np.float64] | None:
+    """Return the rise of the mean loss in nats that gradients predict of removing each neuron alone.
+
+    To first order a value at a random other token costs what the mean costs: "resample" is predicted by it.
+
+    Raises:
+        ValueError: If the saliency is not of `shape`, one value a neuron.
+    """
+    if saliency is None:
+        return None
+    constant = 0.0 if stand_in(removed) == "zero" else saliency.mean_activation
+    rise: NDArray[np.float64] = array(saliency.predicted_rise(constant)).astype(np.float64)
+    if rise.shape != shape:
+        raise ValueError(f"the saliency is of {list(rise.shape)} neurons, the statistics of {list(shape)}")
+    return rise
+
+
 def _numbers(table: _Table, stats: NeuronStatistics, active: Activity) -> None:
     mean = array(stats.contribution_sum) / stats.n_tokens
-    table.packed.add("class", _class_codes(active), "u1")
+    table.packed.add("class", active.codes, "u1")
     table.column("frequency", "active on", "active on", "percent", "log", active.frequency)
     table.column("mean", "mean contribution", "mean contribution", "number", "log", mean)
     table.column(
@@ -218,14 +249,6 @@ def _numbers(table: _Table, stats: NeuronStatistics, active: Activity) -> None:
     share = np.divide(mean, total, out=np.zeros(mean.shape), where=total > 0)
     table.column("share", "share of its layer", "share of its layer", "percent", "log", share)
     table.packed.header["definition"] = active.definition
-
-
-def _class_codes(active: Activity) -> NDArray[np.int64]:
-    """0 dead, 1 rare, 2 alive, 3 always on: by the same comparisons as the counts of the page."""
-    frequency = active.frequency
-    codes = np.where(frequency > classes.ALWAYS_ON, 3, 2)
-    codes = np.where(frequency < classes.RARE, 1, codes)
-    return np.where(frequency < classes.DEAD, 0, codes)
 
 
 def _removal(table: _Table, removed: AblationResult | None, labels: Sequence[int]) -> None:
@@ -246,20 +269,24 @@ def _atlas_numbers(table: _Table, extra: dict[str, NDArray[Any]]) -> None:
         if name in extra:
             values = extra[name].astype(np.float64)
             table.column(name, label, short, unit, scale, np.maximum(values, 0.0) if scale == "log" else values)
-    kinds = np.zeros(table.n_neurons, dtype=np.int64)
-    sources = ("is_token_detector", "ngram", "is_positional", "logit_role")
-    for name in (source for source in sources if source in extra):
-        values = extra[name]
+    if any(source in extra for source in _KIND_COLUMNS):
+        table.packed.add("kind", kind_codes(extra), "u1")
+
+
+def kind_codes(columns: Mapping[str, Any]) -> NDArray[np.int64]:
+    """Return of neurons with these columns of an atlas what they are: bit k stands for `KINDS[k]`."""
+    codes = np.zeros((), dtype=np.int64)
+    for name in (source for source in _KIND_COLUMNS if source in columns):
+        values = np.asarray(columns[name])
         if name == "is_token_detector":
-            kinds |= values.astype(bool)
+            codes = codes | values.astype(bool)
         elif name == "ngram":
-            kinds |= 2 * (values == 2) + 4 * (values == 3)
+            codes = codes | 2 * (values == 2) | 4 * (values == 3)
         elif name == "is_positional":
-            kinds |= 8 * values.astype(bool)
+            codes = codes | 8 * values.astype(bool)
         else:
-            kinds |= sum((16 << index) * (values == role) for index, role in enumerate(KINDS[4:]))
-    if any(source in extra for source in sources):
-        table.packed.add("kind", kinds, "u1")
+            codes = codes | sum((16 << index) * (values == role) for index, role in enumerate(KINDS[4:]))
+    return codes
 
 
 def _order(

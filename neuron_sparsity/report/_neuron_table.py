@@ -10,13 +10,14 @@ from markupsafe import Markup
 
 from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report._classes import array, layer_labels
-from neuron_sparsity.report._explorer import Explorer, explorer
+from neuron_sparsity.report._explorer import Explorer, explorer, stand_in
 from neuron_sparsity.report._fragments import figure, folded, pairs
 from neuron_sparsity.report._text import count, join, plain, replacement, script_json, signed, target, visible
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
     from neuron_sparsity.recorder import NeuronStatistics
+    from neuron_sparsity.saliency import NeuronSaliency
     from neuron_sparsity.sparsity import SparsityResult
 
 __all__ = ["neuron_table"]
@@ -33,6 +34,7 @@ def neuron_table(
     result: SparsityResult | None = None,
     removed: AblationResult | None = None,
     *,
+    saliency: NeuronSaliency | None = None,
     atlas: Any = None,
     neurons: Iterable[tuple[int, int]] = (),
 ) -> str:
@@ -42,22 +44,25 @@ def neuron_table(
         stats: The run.
         result: Gives the threshold that activation frequency refers to.
         removed: Gives the order in which neurons can go.
+        saliency: Gives what it predicts of removing each neuron alone.
         atlas: An Atlas, or a DataFrame with its columns; what is missing is not shown.
         neurons: (layer, neuron) that bring their examples along besides those chosen for all.
 
     Raises:
-        ValueError: If one of `neurons` does not exist, or the atlas is of other neurons.
+        ValueError: If one of `neurons` does not exist, or the atlas or the saliency is of other neurons.
     """
     active = classes.activity(stats, result)
     found = explorer(
-        stats, active, removed, atlas=atlas, neurons=neurons, thresholds=_thresholds(stats, result, active)
-    )
+        stats, active, removed, saliency=saliency, atlas=atlas, neurons=neurons,
+        thresholds=_thresholds(stats, result, active),
+    )  # fmt: skip
     labels = layer_labels(stats)
     counts = classes.class_counts(active)
     words = {
         "definition": visible(active.definition),
         "never": classes.upper_bound(stats.n_tokens),
         "removal": "" if removed is None else _removal_words(removed),
+        "alone": "" if saliency is None else _alone_words(saliency, removed),
         "nRemovable": 0 if removed is None else len(removed.removable),
     }
     shape = Markup(
@@ -74,7 +79,7 @@ def neuron_table(
         off=_UNAVAILABLE,
         controls=_controls(labels, counts, removed, found),
         rows=found.n_neurons + 1,
-        atlas=_atlas_words(atlas),
+        atlas=_atlas_words(atlas, active),
         words=script_json(words),
         data=Markup(found.text),  # base64
     )
@@ -125,11 +130,25 @@ def _removal_words(removed: AblationResult) -> str:
     )
 
 
-def _atlas_words(atlas: Any) -> Markup:
-    """What an Atlas says of itself; a DataFrame says nothing."""
-    meanings = getattr(atlas, "definitions", None)
+def _alone_words(saliency: NeuronSaliency, removed: AblationResult | None) -> str:
+    """What is predicted of removing one neuron, and what it was measured on."""
+    constant = {"zero": "zero", "mean": "its mean"}[stand_in(removed)]
+    return (
+        f"predicted to first order from gradients on {count(saliency.n_tokens)} tokens of "
+        f"{visible(saliency.corpus.get('name', '?'))}, with {constant} in its place on every token and all other "
+        "neurons as they are"
+    )
+
+
+def _atlas_words(atlas: Any, active: classes.Activity) -> Markup:
+    """What an Atlas says of itself; a DataFrame says nothing. Its classes are not shown: the page has its own."""
+    meanings = dict(getattr(atlas, "definitions", None) or {})
+    meanings.pop("classes", None)
     if not meanings:
         return Markup("")
+    if "active" in meanings:
+        other = "" if meanings["active"].replace(">=", "≥") == active.definition else "; the classes count otherwise"
+        meanings = {"active, for triggers and positions": meanings.pop("active") + other} | meanings
     said = [(visible(name), visible(words)) for name, words in meanings.items()]
     watched = getattr(atlas, "watched", None)
     if watched:

@@ -28,9 +28,8 @@ _NONE_QUIET = "No neuron of this run is dead or rare."
 def neuron_map(stats: NeuronStatistics, result: SparsityResult | None = None) -> str:
     """Return layers x neurons by activation frequency: sorted within each layer, and, folded away, in index order."""
     active = classes.activity(stats, result)
-    dead = active.frequency < classes.DEAD
     return frequency_map(
-        active.frequency, dead, layer_labels(stats), active=active.definition, mark=f"dead, under {_DEAD}",
+        active.frequency, active.dead, layer_labels(stats), active=active.definition, mark=f"dead, under {_DEAD}",
         n_tokens=stats.n_tokens,
     )  # fmt: skip
 

@@ -102,22 +102,25 @@ def log_codes(values: NDArray[np.floating], levels: int) -> tuple[NDArray[np.uin
     return np.where(positive, codes, np.where(finite, 0, MISSING)).astype(np.uint16), low, high
 
 
-def asinh_codes(values: NDArray[np.floating], levels: int) -> tuple[NDArray[np.uint16], float, float]:
-    """Return 16-bit codes of values of either sign, evenly apart in asinh, and the asinh of the lowest and highest.
+def asinh_codes(values: NDArray[np.floating], levels: int) -> tuple[NDArray[np.uint16], float, float, float]:
+    """Return 16-bit codes of values of either sign, the lowest and highest on their scale, and its step.
 
-    Code k of 1..65534 stands for `sinh(low + (k - 1) / 65533 * (high - low))`, linear within about 1 of zero and
-    logarithmic beyond; 65535 is none.
+    Code k of 1..65534 stands for `step * sinh(low + (k - 1) / 65533 * (high - low))`, linear within about a step of
+    zero and logarithmic beyond; 65535 is none. A step is 1e-8 of the largest magnitude.
 
     Example:
-        >>> asinh_codes(np.array([-2.0, 2.0, np.inf]), 65_534)[0].tolist()
-        [1, 65534, 65535]
+        >>> codes, low, high, step = asinh_codes(np.array([-2.0, 0.002, 2.0, np.inf]), 65_534)
+        >>> codes.tolist(), float(f"{step * np.sinh(high):.4g}")
+        ([1, 53692, 65534, 65535], 2.0)
     """
     finite = np.isfinite(values)
-    scaled = np.arcsinh(np.where(finite, values, 0.0))
+    known = np.where(finite, values, 0.0)
+    step = 1e-8 * float(np.abs(known).max(initial=0.0)) or 1.0
+    scaled = np.arcsinh(known / step)
     low = float(scaled[finite].min()) if finite.any() else 0.0
     high = float(scaled[finite].max()) if finite.any() else 0.0
     codes = 1 + _steps((scaled - low) / ((high - low) or 1.0), levels)
-    return np.where(finite, codes, MISSING).astype(np.uint16), low, high
+    return np.where(finite, codes, MISSING).astype(np.uint16), low, high, step
 
 
 def _steps(share: NDArray[np.floating], levels: int) -> NDArray[np.int64]:

@@ -92,18 +92,28 @@ def _visible_character(character: str) -> str:
     if ord(character) < 0x20:
         return f"⟨{_CONTROLS[ord(character)]}⟩"
     if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} and character != "\u200d":
-        return f"⟨U+{ord(character):04X}⟩"
+        return _number_of(character)
     return character
 
 
 def visible_token(token: object) -> str:
     r"""Return a token as token views show it: its spaces as ·, the rest as in `visible`; an empty token is ∅.
 
+    Other spaces become their number, and so does what shows nothing by itself, such as a joiner or an accent.
+
     Example:
-        >>> visible_token(" the\n")
-        '·the↵'
+        >>> visible_token(" the\n"), visible_token("a\u00a0"), visible_token("\u200d")
+        ('·the↵', 'a⟨U+00A0⟩', '⟨U+200D⟩')
     """
-    return visible(token).replace(" ", "·") or "∅"
+    text = visible(token)
+    if all(character == "\u200d" or unicodedata.category(character) == "Mn" for character in text):
+        return "".join(map(_number_of, text)) or "∅"
+    shown = ("·" if character == " " else character for character in text)
+    return "".join(_number_of(c) if unicodedata.category(c) == "Zs" else c for c in shown)
+
+
+def _number_of(character: str) -> str:
+    return f"⟨U+{ord(character):04X}⟩"
 
 
 def inert(token: object) -> str:

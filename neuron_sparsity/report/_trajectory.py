@@ -70,26 +70,31 @@ def ratio_over_training(result: TrajectoryResult, fit: LawFit | str) -> str:
         chart.point(tokens, found.activation_ratio, said, style="dot kl", radius=2.4)
     for (tokens, ratio), (point, _) in zip(common, shown, strict=True):
         chart.point(tokens, ratio, f"{visible(point.checkpoint)}, {count(int(tokens))} tokens: {number(ratio)}")
-    law = f"Line: {fit.formula}, D in billions, with its 95 % band. " if isinstance(fit, LawFit) else ""
-    caption = (
-        f"Large points: all checkpoints at the common CETT {number(result.cett or 0.0)}. {law}Small points: each at "
-        f"its own {result.name}."
-    )
-    return figure("Activation ratio over training", chart.svg(), caption, wide=True)
+    caption = f"Large blue points: all checkpoints at the common CETT {number(result.cett or 0.0)}."
+    if isinstance(fit, LawFit):
+        caption += f" Line: {fit.formula}, D in billions; dashed: its 95 % band."
+    caption += f" Small orange points: each at its own {result.name}." if own else ""
+    return figure("Activation ratio over training", chart.svg(), caption, wide=not isinstance(fit, LawFit))
 
 
 def law_over_training(fit: LawFit | str) -> str:
     """Return the coefficients of the law with their intervals, or why there is none."""
     if isinstance(fit, str):
         return note(f"No law is fitted: {visible(fit)}.")
-    rows = [
-        [name, number(float(getattr(fit, name))), f"{number(low)} to {number(high)}"]
-        for name, (low, high) in fit.intervals.items()
-    ]
+    rows = [[name, number(float(getattr(fit, name))), _ends(low, high)] for name, (low, high) in fit.intervals.items()]
     caption = f"{fit.law} law, {fit.formula}, D in billions of tokens; {count(fit.n_points)} points"
     body = table(["coefficient", "value", "95 % interval"], rows, caption=caption)
     remarks = " ".join((fit.choice, *fit.warnings))
     return figure("The fitted law", body, visible(remarks))
+
+
+def _ends(low: float, high: float) -> str:
+    """Return an interval in words; one that the data do not close has no end on that side."""
+    if np.isfinite(low) and np.isfinite(high):
+        return f"{number(low)} to {number(high)}"
+    if np.isfinite(low):
+        return f"{number(low)} or more"
+    return f"{number(high)} or less" if np.isfinite(high) else "any value"
 
 
 def layers_over_training(result: TrajectoryResult) -> str:
@@ -99,6 +104,7 @@ def layers_over_training(result: TrajectoryResult) -> str:
         return note(_EMPTY)
     values = np.array([[layer.activation_ratio for layer in at.layers] for _, at in shown]).T
     low, high = float(values.min()), float(values.max())
+    low, high = (low, high) if high > low else (0.0, 1.0)
     body = heat(
         values,
         row_labels=[layer.layer for layer in shown[0][1].layers],
@@ -106,10 +112,11 @@ def layers_over_training(result: TrajectoryResult) -> str:
         quantity="activation ratio",
         alt=f"Activation ratio of {values.shape[0]} layers at {values.shape[1]} checkpoints, {low:.3g} to {high:.3g}",
         low=low,
-        high=high if high > low else low + 1e-9,
+        high=high,
         names=[point.checkpoint for point, _ in shown],
     )
-    return figure("Layers", body, "A column is a checkpoint, in the order of training, all at the common CETT.")
+    said = "A column is a checkpoint, in the order of training, all at the common CETT."
+    return figure("Activation ratio of each layer", body, said, wide=True)
 
 
 def dead_over_training(result: TrajectoryResult) -> str:
@@ -161,14 +168,15 @@ def trajectory_table(result: TrajectoryResult) -> str:
         "checkpoint",
         "tokens",
         "activation ratio",
-        "perplexity",
+        "perplexity, dense",
         "rise",
         "dead",
         "own CETT",
         "own activation ratio",
     ]
     rows = [_row(point, result) for point in (*result.points, *result.pending)]
-    caption = f"Activation ratio, rise and dead neurons at the common CETT {number(result.cett or 0.0)}"
+    at = "the common CETT, which is not found yet" if result.cett is None else f"the common CETT {number(result.cett)}"
+    caption = f"Activation ratio, rise and dead neurons at {at}"
     return figure("Every checkpoint", table(header, rows, caption=caption), wide=True)
 
 
@@ -221,7 +229,7 @@ def trajectory_measured(result: TrajectoryResult) -> str:
         "threshold a layer, from the checkpoint's own curves. Activation ratio: neurons kept over all neurons, in the "
         "truncated run, mean over tokens and layers (arXiv:2411.02335, Appendix E)."
     )
-    return figure("How it was measured", pairs(items), definition, wide=True)
+    return figure("Model, text and target", pairs(items), definition, wide=True)
 
 
 def _token_axis(tokens: Sequence[float]) -> Axis:

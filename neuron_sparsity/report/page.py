@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.damage import DamageResult
     from neuron_sparsity.pareto import ParetoResult
     from neuron_sparsity.recorder import NeuronStatistics
+    from neuron_sparsity.saliency import NeuronSaliency
     from neuron_sparsity.sparsity import SparsityResult, TokenActivity
 
 __all__ = ["Report", "Section", "build", "render"]
@@ -106,19 +107,22 @@ def build(
     passage: TokenActivity | None = None,
     pareto: ParetoResult | None = None,
     damage: DamageResult | None = None,
+    saliency: NeuronSaliency | None = None,
     atlas: Any = None,
     neurons: Iterable[tuple[int, int]] = (),
     title: str | None = None,
 ) -> Report:
     """Return the report of a run; see `neuron_sparsity.report.report`."""
-    _require_one_model(stats, result, removed, pareto, damage, atlas if hasattr(atlas, "model") else None)
+    _require_one_model(stats, result, removed, pareto, damage, saliency, atlas if hasattr(atlas, "model") else None)
     name = visible(title if title is not None else f"MLP neurons of {stats.model.name}")
     sections = [
         _summary(stats, result, removed),
         _how_sparse(result),
         _where(result, passage, layer_labels(stats)),
         *_by_rule(pareto),
-        _which(stats, result, views.neuron_table(stats, result, removed, atlas=atlas, neurons=neurons)),
+        _which(
+            stats, result, views.neuron_table(stats, result, removed, saliency=saliency, atlas=atlas, neurons=neurons)
+        ),
         _what_can_go(stats, removed),
         *_at_what_cost(damage),
         _how_measured(stats, result, removed),

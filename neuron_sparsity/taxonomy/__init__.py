@@ -5,6 +5,7 @@
 - `triggers`: the tokens and n-grams that a neuron fires on; detectors
 - `positions`: what a neuron's activity says about the position
 - `logits`: what a neuron's output row does to the logits
+- `columns`: the columns that each of them gives
 - `table`: all of it as one table, a row a neuron
 - `files`: that table as Parquet
 """

@@ -26,6 +26,8 @@ __all__ = [
     "ClassRule",
     "NeuronClasses",
     "active_counts",
+    "active_name",
+    "bound_95",
     "class_curve",
     "classify",
 ]
@@ -84,11 +86,14 @@ class ClassRule:
 
     def codes(self, count: NDArray[np.int64], n_tokens: int) -> NDArray[np.int8]:
         """Return the index in `CLASSES` of neurons that are active on `count` of `n_tokens` tokens."""
-        frequency = count / n_tokens
-        code = np.full(count.shape, CLASSES.index("alive"), dtype=np.int8)
+        return self.codes_at(count / n_tokens)
+
+    def codes_at(self, frequency: NDArray[np.float64]) -> NDArray[np.int8]:
+        """Return the index in `CLASSES` of neurons that are active on these shares of the tokens."""
+        code = np.full(frequency.shape, CLASSES.index("alive"), dtype=np.int8)
         code[frequency > self.always_on] = CLASSES.index("always_on")
         code[frequency < self.rare] = CLASSES.index("rare")
-        code[count == 0 if self.definition == "any" else frequency < self.dead] = CLASSES.index("dead")
+        code[frequency == 0 if self.definition == "any" else frequency < self.dead] = CLASSES.index("dead")
         return code
 
     def point(self, count: NDArray[np.int64], n_tokens: int) -> ClassPoint:
@@ -269,19 +274,29 @@ def class_curve(
     return tuple(points)
 
 
+def active_name(stats: NeuronStatistics, active: str | None) -> str:
+    """Return what counts as active where nothing is said: the first recorded thresholds, else not exactly zero.
+
+    Raises:
+        ValueError: If there are no thresholds of that name.
+    """
+    active = active or (stats.threshold_names[0] if stats.threshold_names else NONZERO)
+    if active != NONZERO and active not in stats.threshold_names:
+        raise ValueError(
+            f"no thresholds named {active!r} were recorded, only {[NONZERO, *stats.threshold_names]}; "
+            "record(model, windows, thresholds={name: cuts}) counts under others"
+        )
+    return active
+
+
 def active_counts(stats: NeuronStatistics, active: str | None) -> tuple[NDArray[np.int64], str]:
     """Return on how many tokens each neuron is active, and what that means in words.
 
     Raises:
         ValueError: If there are no thresholds of that name.
     """
-    active = active or (stats.threshold_names[0] if stats.threshold_names else NONZERO)
+    active = active_name(stats, active)
     if active == NONZERO:
         return (stats.n_tokens - stats.zero_count).numpy(), "post-activation is not exactly zero"
-    if active not in stats.threshold_names:
-        raise ValueError(
-            f"no thresholds named {active!r} were recorded, only {[NONZERO, *stats.threshold_names]}; "
-            "record(model, windows, thresholds={name: cuts}) counts under others"
-        )
     column = stats.threshold_names.index(active)
     return stats.above_count[:, :, column].numpy(), f"contribution >= the layer's {active} threshold"

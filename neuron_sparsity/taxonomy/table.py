@@ -8,39 +8,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from jaxtyping import Int
-from numpy.typing import NDArray
 
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.statistics import NeuronStatistics, check_corpus
 from neuron_sparsity.store import decode, make_folder, provenance
-from neuron_sparsity.taxonomy.active import ActiveBits, watch
-from neuron_sparsity.taxonomy.classes import (
-    CLASSES,
-    NONZERO,
-    ClassPoint,
-    ClassRule,
-    active_counts,
-    bound_95,
-)
+from neuron_sparsity.taxonomy.active import watch
+from neuron_sparsity.taxonomy.classes import CLASSES, ClassPoint, ClassRule, active_counts, active_name
+from neuron_sparsity.taxonomy.columns import Question, frame, of_logits, of_pass, of_statistics, positional_words
 from neuron_sparsity.taxonomy.files import ATLAS_FILE, ROLES, read_table, write_table
-from neuron_sparsity.taxonomy.logits import RoleRule, logit_effects
-from neuron_sparsity.taxonomy.positions import POSITIONAL_BITS, information_bits, information_by_chance_bits
-from neuron_sparsity.taxonomy.triggers import TriggerRule, Triggers
+from neuron_sparsity.taxonomy.logits import RoleRule
+from neuron_sparsity.taxonomy.positions import POSITIONAL_BITS
+from neuron_sparsity.taxonomy.triggers import TriggerRule
 from neuron_sparsity.typed import checked
 
 __all__ = ["Atlas", "atlas"]
-
-_WORK_BYTES = 64 << 20  # of activity and counts that are read at once
-N_LOGIT_TOKENS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +167,6 @@ def atlas(
         >>> made = ns.atlas(stats, model, corpus)  # doctest: +SKIP
         >>> made.table.query("is_token_detector and layer < 3")[["layer", "neuron", "triggers"]]  # doctest: +SKIP
     """
-    rules = (classes or ClassRule(), triggers or TriggerRule(), roles or RoleRule())
     if not positional_bits > 0:
         raise ValueError(f"positional_bits must be > 0, got {positional_bits}")
     if windows is not None and model is None:
@@ -191,204 +176,50 @@ def atlas(
         raise ValueError(
             f"the statistics are of {stats.model.name} with other weights than {adapter.info.name}; record this model"
         )
-    _, words = active_counts(stats, active)
-    active = active or (stats.threshold_names[0] if stats.threshold_names else NONZERO)
-    logits = logits and adapter is not None
-    question = _question(stats, windows, active, rules, positional_bits, logits, seed)
+    question = Question(
+        stats,
+        windows,
+        active_name(stats, active),
+        classes or ClassRule(),
+        triggers or TriggerRule(),
+        positional_bits,
+        (roles or RoleRule()) if logits and adapter is not None else None,
+        seed,
+    )
     if folder is not None and (Path(folder) / ATLAS_FILE).is_file():
         kept = Atlas.load(folder)
-        if kept.question == question:
+        if kept.question == question.to_json():
             return kept
-    columns, curve = _of_statistics(stats, active, rules[0])
-    definitions = {"active": words, "classes": rules[0].words}
+    made = _made(question, adapter, batch_size, progress)
+    if folder is not None:
+        made.save(folder)
+    return made
+
+
+def _made(question: Question, adapter: MLPAdapter | None, batch_size: int | None, progress: Progress | None) -> Atlas:
+    """Return the atlas that answers a question: group after group of columns, and what each means."""
+    stats, windows = question.stats, question.windows
+    count, words = active_counts(stats, question.active)
+    columns = of_statistics(stats, count, question.classes)
+    curve: tuple[ClassPoint, ...] = (question.classes.point(count, stats.n_tokens),)
+    definitions = {"active": words, "classes": question.classes.words}
     if adapter is not None and windows is not None:
-        cuts = None if active == NONZERO else stats.thresholds[:, stats.threshold_names.index(active)]
-        bits = watch(adapter, windows, cuts, batch_size=batch_size, progress=progress)
-        pass_columns, curve = _of_pass(bits, windows, adapter, rules, positional_bits, seed, progress)
+        bits = watch(adapter, windows, question.thresholds, batch_size=batch_size, progress=progress)
+        pass_columns, curve = of_pass(question, bits, windows, adapter, progress)
         columns |= pass_columns
-        definitions |= {"triggers": rules[1].words, "positional": _positional_words(positional_bits)}
-    if adapter is not None and logits:
-        columns |= _of_logits(adapter, rules[2], stats, progress)
-        definitions["logits"] = rules[2].words
-    made = Atlas(
-        table=_frame(columns, stats.model),
+        definitions["triggers"] = question.triggers.words
+        definitions["positional"] = positional_words(question.positional_bits)
+    if adapter is not None and question.roles is not None:
+        columns |= of_logits(adapter, question.roles, stats, progress)
+        definitions["logits"] = question.roles.words
+    return Atlas(
+        table=frame(columns, stats.model),
         model=stats.model,
         corpus=stats.corpus,
         n_tokens=stats.n_tokens,
         watched=None if windows is None else windows.describe(),
         definitions=definitions,
         curve=curve,
-        question=question,
-        provenance=provenance(seed=seed) | ({} if adapter is None else {"forward": adapter.forward}),
+        question=question.to_json(),
+        provenance=provenance(seed=question.seed) | ({} if adapter is None else {"forward": adapter.forward}),
     )
-    if folder is not None:
-        made.save(folder)
-    return made
-
-
-def _question(
-    stats: NeuronStatistics,
-    windows: Windows | None,
-    active: str,
-    rules: tuple[ClassRule, TriggerRule, RoleRule],
-    positional_bits: float,
-    logits: bool,
-    seed: int,
-) -> dict[str, Any]:
-    cuts = [] if active == NONZERO else stats.thresholds[:, stats.threshold_names.index(active)].tolist()
-    return {
-        "fingerprint": stats.model.fingerprint,
-        "recorded": stats.corpus["sha256"],
-        "watched": None if windows is None else windows.sha256,
-        "active": active,
-        "thresholds": cuts,
-        "classes": asdict(rules[0]),
-        "triggers": asdict(rules[1]),
-        "positional_bits": positional_bits,
-        "logits": asdict(rules[2]) if logits else None,
-        "seed": seed,
-    }
-
-
-def _positional_words(positional_bits: float) -> str:
-    return (
-        f"mutual information of activity and position, at least {positional_bits:g} bits (logarithm to base 2) above "
-        "what as many activations at random places show; position 0 of a window left out"
-    )
-
-
-def _of_statistics(
-    stats: NeuronStatistics, active: str, rule: ClassRule
-) -> tuple[dict[str, Any], tuple[ClassPoint, ...]]:
-    """Return the columns that the recording alone gives, and the classes at its N."""
-    count, _ = active_counts(stats, active)
-    layer_sum = stats.contribution_sum.sum(dim=1, keepdim=True)
-    share = (stats.contribution_sum / layer_sum).nan_to_num(0.0)  # a layer that gives nothing has no shares
-    columns = {
-        "class": np.array(CLASSES)[rule.codes(count, stats.n_tokens)],
-        "activation_frequency": count / stats.n_tokens,
-        "activation_count": count,
-        "frequency_bound_95": np.where(count == 0, bound_95(stats.n_tokens), np.nan),
-        "mean_contribution": stats.mean_contribution.numpy(),
-        "rms_contribution": stats.rms_contribution.numpy(),
-        "max_contribution": stats.contribution_max.double().numpy(),
-        "contribution_share_of_layer": share.numpy(),
-    }
-    return columns, (rule.point(count, stats.n_tokens),)
-
-
-def _of_pass(
-    bits: ActiveBits,
-    windows: Windows,
-    adapter: MLPAdapter,
-    rules: tuple[ClassRule, TriggerRule, RoleRule],
-    positional_bits: float,
-    seed: int,
-    progress: Progress | None,
-) -> tuple[dict[str, Any], tuple[ClassPoint, ...]]:
-    """Return the columns that the bits of a pass give, and how the classes move with N."""
-    shape, n_pos = (bits.n_layers, bits.n_neurons), windows.window - 1
-    found = Triggers(windows.tokens.numpy(), *shape, rules[1])
-    information, total = np.zeros(shape), np.zeros(shape, dtype=np.int64)
-    stops = _checkpoints(windows.n_windows)
-    order = np.random.default_rng(seed).permutation(windows.n_windows)
-    seen = np.zeros((len(stops), *shape), dtype=np.int64)
-    size = max(1, _WORK_BYTES // (4 * windows.n_tokens + found.bytes_a_neuron))
-    for layer, neurons, active in bits.blocks(size):
-        if progress:
-            progress("reading triggers", layer * shape[1] + neurons.start, shape[0] * shape[1])
-        by_window = active.sum(axis=1, dtype=np.int64)[order].cumsum(axis=0)
-        seen[:, layer, neurons] = by_window[np.array(stops) - 1]
-        active[:, 0] = 0  # BOS, or an attention sink
-        at = active[:, 1:].sum(axis=0, dtype=np.int64)
-        information[layer, neurons], total[layer, neurons] = (
-            information_bits(at, windows.n_windows),
-            at.sum(axis=0),
-        )
-        found.add(layer, neurons.start, active.reshape(-1, active.shape[2]))
-    if progress:
-        progress("reading triggers", shape[0] * shape[1], shape[0] * shape[1])
-    chance = information_by_chance_bits(total.ravel(), windows.n_windows, n_pos).reshape(shape)
-    columns = _trigger_columns(found, adapter) | {
-        "position_information_bits": information,
-        "position_information_by_chance_bits": chance,
-        "is_positional": information - chance >= positional_bits,
-    }
-    points = [rules[0].point(count, stop * windows.window) for count, stop in zip(seen, stops, strict=True)]
-    return columns, tuple(points)
-
-
-def _checkpoints(n_windows: int) -> list[int]:
-    """Return numbers of windows at which classes are counted: all, half of them, and so on down to one.
-
-    Example:
-        >>> _checkpoints(20)
-        [1, 2, 5, 10, 20]
-    """
-    stops = []
-    while n_windows:
-        stops.append(n_windows)
-        n_windows //= 2
-    return stops[::-1]
-
-
-def _trigger_columns(found: Triggers, adapter: MLPAdapter) -> dict[str, Any]:
-    shape = found.n_covering_tokens.shape
-    n_triggers, ngram = np.zeros(shape, dtype=np.int32), np.zeros(shape, dtype=np.int32)
-    words = np.empty(shape, dtype=object)
-    for place in np.ndindex(shape):
-        words[place] = []
-    decode_ids = _decoder(adapter)
-    for place, detection in found.found.items():
-        n_triggers[place] = len(detection.ids)
-        ngram[place] = detection.n if detection.detector else 0
-        words[place] = [decode_ids(ids) for ids in detection.ids]
-    return {
-        "n_covering_tokens": found.n_covering_tokens,
-        "n_triggers": n_triggers,
-        "triggers": words,
-        "is_token_detector": ngram == 1,
-        "ngram": ngram,
-    }
-
-
-def _of_logits(
-    adapter: MLPAdapter, rule: RoleRule, stats: NeuronStatistics, progress: Progress | None
-) -> dict[str, Any]:
-    effects = logit_effects(adapter, k=min(N_LOGIT_TOKENS, int(adapter.model.cfg.d_vocab)), progress=progress)
-    decode_ids = _decoder(adapter)
-    return {
-        "top_logit_tokens": _strings(effects.top_ids, decode_ids),
-        "bottom_logit_tokens": _strings(effects.bottom_ids, decode_ids),
-        "logit_mean": effects.mean,
-        "logit_std": effects.std,
-        "logit_skew": effects.skew,
-        "logit_kurtosis": effects.kurtosis,
-        "logit_role": rule.roles(effects.std, effects.skew, effects.kurtosis, stats.w_norm.double().numpy()),
-    }
-
-
-def _strings(ids: Int[NDArray, "layer neuron k"], decode_ids: Callable[[Sequence[int]], str]) -> NDArray[np.object_]:
-    """Return lists of strings, [layer, neuron]; every token is decoded once."""
-    text = {token: decode_ids((token,)) for token in np.unique(ids).tolist()}
-    found = np.empty(ids.shape[:2], dtype=object)
-    for place in np.ndindex(found.shape):
-        found[place] = [text[token] for token in ids[place].tolist()]
-    return found
-
-
-def _decoder(adapter: MLPAdapter) -> Callable[[Sequence[int]], str]:
-    """Return what turns token ids into text; without a tokenizer, the ids."""
-    tokenizer = adapter.model.tokenizer
-    if tokenizer is None:
-        return lambda ids: " ".join(map(str, ids))
-    return lambda ids: str(tokenizer.decode(list(ids)))
-
-
-def _frame(columns: dict[str, Any], model: ModelInfo) -> Any:
-    import pandas as pd
-
-    layer, neuron = np.meshgrid(np.array(model.layers), np.arange(model.d_mlp), indexing="ij")
-    both = {"layer": layer.astype(np.int32), "neuron": neuron.astype(np.int32)} | columns
-    lists = {name: values.ravel() for name, values in both.items()}
-    return pd.DataFrame({name: v.tolist() if v.dtype.kind in "OU" else v for name, v in lists.items()})

@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from neuron_sparsity import kernels
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import ModelError, RunFolderError
+from neuron_sparsity.parallel import launched
 from neuron_sparsity.trajectory.checkpoints import Checkpoint
 from neuron_sparsity.trajectory.result import TrajectoryResult
 from neuron_sparsity.trajectory.tracker import Tracker
@@ -35,8 +36,9 @@ class SparsityCallback(TrainerCallback):
     """Records activation sparsity at chosen moments of a training run: give it to `Trainer(callbacks=[...])`.
 
     It needs memory for a second copy of the model while it measures, and room on disk for the weights of every step
-    measured until training ends (of one, where `cett` is given). In a run of several processes the first one
-    measures, and the others wait for it.
+    measured until training ends (where `cett` is given: of one, and of those that could not be measured). In a run of
+    several processes the first one measures, and the others wait for it, as long as the `ddp_timeout` of
+    TrainingArguments lets them (half an hour).
 
     Args:
         windows: What to measure on: text that is not trained on. `load_corpus` and `windows_from_text` make it.
@@ -49,7 +51,8 @@ class SparsityCallback(TrainerCallback):
         p_percent: Rise of perplexity, > 0.
         cett: CETT common to all steps, in [1e-6, 1]; searched on the last five when training ends if None.
         tokenizer: Of the model; the Trainer's `processing_class` if None.
-        keep_weights: Whether `FOLDER/weights` stays when all is measured.
+        keep_weights: Whether `FOLDER/weights` stays when all is measured. A training that is extended later needs it
+            where the common CETT is searched: the last five are other ones then.
         device: That the copy is measured on; the first GPU if there is one, else the CPU, if None.
         dtype: `"float32"`, `"bfloat16"` or `"float16"`.
         backend: Of the kernels: `"auto"`, `"torch"` or `"triton"`.
@@ -95,7 +98,7 @@ class SparsityCallback(TrainerCallback):
         self.result: TrajectoryResult | None = None
         self._tracker = Tracker(
             windows,
-            folder,
+            folder if launched()[0] == 0 else None,  # the others would find it half made
             p_percent=p_percent,
             cett=cett,
             load={"device": device, "dtype": dtype, "trust_remote_code": False},
@@ -154,7 +157,9 @@ class SparsityCallback(TrainerCallback):
         """Go on with what was measured up to the step that training goes on from; later steps are trained anew."""
         if self.tokens is not None:
             self._seen = self._tokens(state) if state.global_step else -1.0
-        for label, point in list(self._tracker.points.items()):
+        points, gaps = self._tracker.points, self._tracker.earlier_gaps
+        seen = {label: point.tokens for label, point in points.items()} | {gap.checkpoint: gap.tokens for gap in gaps}
+        for label, tokens in seen.items():
             number = label.removeprefix("step-")
             step = int(number) if number.isdecimal() else -1
             if state.global_step == 0 or step < 0:
@@ -162,10 +167,10 @@ class SparsityCallback(TrainerCallback):
                     f"{self.folder} holds the trajectory of another training; name another folder, or go on from a "
                     "checkpoint of that one"
                 )
-            if step > state.global_step:
-                del self._tracker.points[label]
+            if step <= state.global_step:
+                self._visited[label] = Checkpoint(label, tokens, str(self.folder / "weights" / label))
             else:
-                self._visited[label] = Checkpoint(label, point.tokens, str(self.folder / "weights" / label))
+                points.pop(label, None)
 
     def _measure(self, state: Any, kwargs: dict[str, Any]) -> None:
         label = f"step-{state.global_step}"
@@ -180,8 +185,8 @@ class SparsityCallback(TrainerCallback):
             self._tracker.close()
         if found is None and not self._tracker.points:  # better now than when hours of training are over
             raise ModelError(f"{self._tracker.gaps[label].error} (the first step that SparsityCallback was to measure)")
-        if self._tracker.cett is not None and not self.keep_weights:
-            shutil.rmtree(target)
+        if found is not None and self._tracker.cett is not None and not self.keep_weights:
+            shutil.rmtree(target)  # those of a gap stay: it is tried once more when training ends
 
     def _tokenizer(self, kwargs: dict[str, Any]) -> Any:
         found = kwargs.get("processing_class") if self.tokenizer is None else self.tokenizer

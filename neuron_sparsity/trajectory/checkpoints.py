@@ -8,7 +8,8 @@ import logging
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ Source = str | Path | tuple[str, Callable[[], Any]]
 _FAMILIES = {
     # 1,024 sequences of 2,048 tokens; runs that took larger batches have their revisions named in these steps too.
     "EleutherAI/pythia": ("step{}", 2_097_152),
-    # 512 sequences of 1,024 tokens.
+    # 512 sequences of 1,024 tokens: effective_bsz and seq_len of conf/mistral-small.yaml and mistral-medium.yaml, with
+    # what they inherit, in github.com/stanford-crfm/mistral; their schedule is the one that TransformerLens has.
     "stanford-crfm/": ("checkpoint-{}", 524_288),
 }
 """Start of the name: how the revision of a step is called, and the training tokens of one step."""
@@ -47,7 +49,7 @@ class Checkpoint:
 
     label: str
     tokens: int
-    source: str | Callable[[], Any]
+    source: str | Path | Callable[[], Any]
 
     def load(self, *, device: str | None, dtype: str, trust_remote_code: bool) -> MLPAdapter:
         """Return the model, ready to be measured.
@@ -56,7 +58,7 @@ class Checkpoint:
             ModelError: If it cannot be loaded or measured.
         """
         found: Any = self.source
-        if not isinstance(found, str):
+        if not isinstance(found, str | Path):
             try:
                 found = found()
             except Exception as error:  # a callable may raise anything; the other checkpoints go on
@@ -131,8 +133,7 @@ def resolve(
     given = dict(training_tokens or {})
     for item in checkpoints:
         if isinstance(item, Checkpoint):
-            _counted(item.label, item.tokens)
-            found.append(item)
+            found.append(replace(item, tokens=_counted(item.label, item.tokens)))
             continue
         label, source = _named(item)
         tokens = given.get(label)
@@ -213,10 +214,10 @@ def _named(item: Any) -> tuple[str, str | Callable[[], Any]]:
     )
 
 
-def _counted(label: str, tokens: float) -> int:
-    if isinstance(tokens, bool) or not isinstance(tokens, int | float) or not math.isfinite(tokens) or tokens < 0:
+def _counted(label: str, tokens: Any) -> int:
+    if isinstance(tokens, bool) or not isinstance(tokens, Real) or not math.isfinite(tokens) or tokens < 0:
         raise ValueError(f"training tokens of {label!r} must be a number >= 0, got {tokens!r}")
-    return round(tokens)
+    return round(float(tokens))
 
 
 def _tokens_seen(folder: Path) -> int:

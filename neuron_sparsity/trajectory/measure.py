@@ -1,4 +1,7 @@
-"""What is measured of one checkpoint, and the search for the CETT that is common to several."""
+"""What is measured of one checkpoint, and the search for the CETT that is common to several.
+
+`options` are those of every pass: `backend`, `batch_size`, `progress`.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,14 @@ from typing import Any, cast
 
 import numpy as np
 
-from neuron_sparsity import kernels
 from neuron_sparsity.adapter import MLPAdapter
-from neuron_sparsity.cett_search import CettSearch, Goal
+from neuron_sparsity.cett_search import SLOPES, CettSearch, Goal
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.evaluation import Evaluation, Evaluator
-from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.recorder import record
 from neuron_sparsity.sparsity import LayerThreshold, cett_ppl_sparsity
-from neuron_sparsity.trajectory.result import DEAD_BELOW, CommonCett, DeadShare, SparsityAt
+from neuron_sparsity.taxonomy.classes import DEAD, bound_95
+from neuron_sparsity.trajectory.result import CommonCett, DeadShare, SparsityAt
 
 __all__ = ["LAST", "common_cett", "own_sparsity", "sparsity_at"]
 
@@ -24,25 +26,15 @@ LAST = 5
 """Checkpoints at the end of training that the common CETT is searched on (arXiv:2411.02335, Appendix E)."""
 
 _TOLERANCE = 0.1  # of p, as for a single search: every further pass loads each of the five again
-_SLOPE = 2.5  # of log(rise) over log(CETT): only places the first pass
 _MAX_EXTENSIONS = 2
 
 
-def own_sparsity(
-    adapter: MLPAdapter,
-    windows: Windows,
-    p_percent: float,
-    *,
-    backend: kernels.Backend = "auto",
-    batch_size: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[float, SparsityAt]:
+def own_sparsity(adapter: MLPAdapter, windows: Windows, p_percent: float, **options: Any) -> tuple[float, SparsityAt]:
     """Return a checkpoint's dense perplexity, and what it is at its own CETT-PPL-p%.
 
     Raises:
         MeasurementError: If activations or losses are NaN, or memory runs out.
     """
-    options: dict[str, Any] = {"backend": backend, "batch_size": batch_size, "progress": progress}
     found = cett_ppl_sparsity(adapter, windows, p_percent=p_percent, **options)
     estimate = found.estimate("ppl")
     dead = dead_share(adapter, windows, found.thresholds, **options) if found.reached else None
@@ -60,21 +52,12 @@ def own_sparsity(
     )
 
 
-def sparsity_at(
-    adapter: MLPAdapter,
-    windows: Windows,
-    cett: float,
-    *,
-    backend: kernels.Backend = "auto",
-    batch_size: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[float, SparsityAt]:
+def sparsity_at(adapter: MLPAdapter, windows: Windows, cett: float, **options: Any) -> tuple[float, SparsityAt]:
     """Return a checkpoint's dense perplexity, and what it is at a given CETT, with thresholds of its own curves.
 
     Raises:
         MeasurementError: If activations or losses are NaN, or memory runs out.
     """
-    options: dict[str, Any] = {"backend": backend, "batch_size": batch_size, "progress": progress}
     evaluator = Evaluator(adapter, windows, **options)
     evaluator.probe()
     evaluator.dense([cett])
@@ -105,15 +88,15 @@ def dead_share(adapter: MLPAdapter, windows: Windows, thresholds: Sequence[float
     """
     stats = record(adapter, windows, thresholds={"these": thresholds}, n_examples=0, **options)
     frequency = stats.activation_frequency("these")
-    dead = frequency < DEAD_BELOW
+    dead = frequency < DEAD
     return DeadShare(
-        dead_below=DEAD_BELOW,
+        dead_below=DEAD,
         dead_ratio=float(dead.double().mean()),
         never_active_ratio=float((frequency == 0).double().mean()),
         never_nonzero_ratio=float((stats.zero_count == stats.n_tokens).double().mean()),
         layer_dead_ratios=tuple(dead.double().mean(dim=1).tolist()),
         n_tokens=stats.n_tokens,
-        frequency_bound_95=3 / stats.n_tokens,
+        frequency_bound_95=bound_95(stats.n_tokens),
     )
 
 
@@ -133,9 +116,10 @@ def common_cett(
         n_scored: Scored positions that a pass over one checkpoint has.
         measure: `f(label, cett)`: a truncated pass over one of them.
     """
-    # The rise of each goes like a power of the CETT, through what was measured at its own: where their mean is p.
-    rises = [max(found.ppl_increase_percent, 0.01 * p_percent, 1e-12) * found.cett**-_SLOPE for found in own]
-    guess = float((p_percent / np.mean(rises)) ** (1 / _SLOPE))
+    # The rise of each goes about like a power of the CETT, through what was measured at its own: where their mean is p.
+    slope = SLOPES["ppl"]
+    rises = [max(found.ppl_increase_percent, 0.01 * p_percent, 1e-12) * found.cett**-slope for found in own]
+    guess = float((p_percent / np.mean(rises)) ** (1 / slope))
     passes = _JointPasses(labels, measure)
     goal = Goal(p_percent, "ppl", _TOLERANCE * p_percent, n_scored * len(labels), closely=False)
     search = CettSearch(cast("Evaluator", passes), goal)

@@ -16,7 +16,6 @@ from neuron_sparsity.store import blaming, read_json
 from neuron_sparsity.typed import checked
 
 __all__ = [
-    "DEAD_BELOW",
     "TRAJECTORY_FILE",
     "CommonCett",
     "DeadShare",
@@ -26,9 +25,6 @@ __all__ = [
     "TrajectoryPoint",
     "TrajectoryResult",
 ]
-
-DEAD_BELOW = 0.001
-"""A neuron active on a smaller share of tokens is dead (the definition of the paper's data)."""
 
 TRAJECTORY_FILE = "trajectory.json"
 _PROBE_TEXT = "The 17 ships of 1790 weren't\n\tseen again: naïve, 東京, if (x >= 0) {y[i] += 2;}"
@@ -45,8 +41,8 @@ class DeadShare:
         never_nonzero_ratio: Those whose post-activation is exactly zero on every token.
         layer_dead_ratios: Dead neurons over all, in each layer.
         n_tokens: Tokens measured on.
-        frequency_bound_95: 3 / n_tokens: the 95 % upper bound of the frequency of a neuron that was never active. If it
-            is above `dead_below`, the text is too short to tell dead neurons from rare ones.
+        frequency_bound_95: 3 / n_tokens, at most 1: the 95 % upper bound of the frequency of a neuron that was never
+            active. If it is above `dead_below`, the text is too short to tell dead neurons from rare ones.
     """
 
     dead_below: float

@@ -14,10 +14,11 @@ import torch
 
 from neuron_sparsity import kernels
 from neuron_sparsity.adapter import MLPAdapter
+from neuron_sparsity.cett_search import MIN_CETT
 from neuron_sparsity.corpus import Windows, load_corpus
 from neuron_sparsity.errors import MeasurementError, ModelError, RunFolderError
 from neuron_sparsity.perplexity import Progress
-from neuron_sparsity.store import RunFolder, provenance, write_json, write_tensors
+from neuron_sparsity.store import RunFolder, provenance, write_json
 from neuron_sparsity.trajectory.checkpoints import Checkpoint, Source, resolve
 from neuron_sparsity.trajectory.measure import LAST, common_cett, own_sparsity, sparsity_at
 from neuron_sparsity.trajectory.result import (
@@ -29,14 +30,12 @@ from neuron_sparsity.trajectory.result import (
     TrajectoryPoint,
     TrajectoryResult,
 )
+from neuron_sparsity.windows import WINDOWS_FILE, keep_windows
 
 __all__ = ["Corpus", "Tracker", "track"]
 
 Corpus = Windows | str | Path | Callable[[Any], Windows]
 """Windows; a text as `load_corpus` takes it; or `f(model)` that makes windows for the tokenizer of a model."""
-
-_MAX_WINDOW_BYTES = 64 << 20
-_MIN_CETT = 1e-6
 
 
 def track(
@@ -117,6 +116,11 @@ class Tracker:
         measure: `backend` and `batch_size`.
         progress: Called after each batch.
 
+    Attributes:
+        points: What was measured of each checkpoint, by this run and by earlier ones in the folder.
+        gaps: Checkpoints that this run could not measure.
+        earlier_gaps: Those of the run before, which are tried again if they are asked for again.
+
     Raises:
         TypeError, ValueError, RunFolderError: As for `track`.
     """
@@ -134,9 +138,9 @@ class Tracker:
     ) -> None:
         if not (math.isfinite(p_percent) and p_percent > 0):
             raise ValueError(f"p must be a positive number of percent, got {p_percent}")
-        if cett is not None and not _MIN_CETT <= cett <= 1:
+        if cett is not None and not MIN_CETT <= cett <= 1:
             raise ValueError(
-                f"cett must be in [{_MIN_CETT:g}, 1], got {cett}; None searches it on the last {LAST} checkpoints"
+                f"cett must be in [{MIN_CETT:g}, 1], got {cett}; None searches it on the last {LAST} checkpoints"
             )
         if load["dtype"] not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"dtype must be float32, bfloat16 or float16, got {load['dtype']!r}")
@@ -152,6 +156,7 @@ class Tracker:
         self._open: tuple[Checkpoint, MLPAdapter] | None = None
         self.points: dict[str, TrajectoryPoint] = {}
         self.gaps: dict[str, Gap] = {}
+        self.earlier_gaps: tuple[Gap, ...] = ()
         self._asked: set[str] = set()
         if isinstance(corpus, Windows):
             self._begin(corpus)
@@ -343,9 +348,9 @@ class Tracker:
                 raise RunFolderError(f"{path} was measured on other text than run.json says; delete it")
             self._model = found.model
             self.points = {point.checkpoint: point for point in (*found.points, *found.pending)}
-        tensors = {"tokens": windows.tokens, "scored": windows.scored}
-        if not self._folder.has("windows.safetensors") and windows.tokens.nbytes * 2 <= _MAX_WINDOW_BYTES:
-            write_tensors(self._folder.file("windows.safetensors"), tensors, windows.describe())
+            self.earlier_gaps = found.gaps
+        if not self._folder.has(WINDOWS_FILE):
+            keep_windows(self._path, {"": windows})
 
     def _write(self, *, complete: bool = False) -> None:
         if self._folder is not None and self._model is not None:

@@ -53,12 +53,12 @@ def layer_map(stats: NeuronStatistics | Any, result: SparsityResult | None = Non
         raise ValueError(f"activation frequency must be {list(shape)}, one a neuron, got {list(frequency.shape)}")
     finite(frequency, "activation frequency", [f"layer {k}" for k in layers], [f"neuron {k}" for k in range(shape[1])])
     title = f"{count(frequency.size)} neurons by activation frequency"
-    dead = int((frequency < DEAD).sum())
-    definition = f"active: {active.definition}; dead, under {target(100 * DEAD)} of tokens: {count(dead)} neurons"
+    dead = active.dead
+    definition = f"active: {active.definition}; dead, under {target(100 * DEAD)} of tokens: {count(dead.sum())} neurons"
     measured = on(stats.model, stats.corpus, f"{definition}; N = {count(stats.n_tokens)}")
 
     def draw() -> Any:
-        return figures().classes(frequency, frequency < DEAD, layers=layers, title=title, measured=measured)
+        return figures().classes(frequency, dead, layers=layers, title=title, measured=measured)
 
     return View(title, measured, views.neuron_map(stats, result) + views.class_counts(stats, result), draw)
 

@@ -12,9 +12,11 @@ from numpy.typing import ArrayLike
 from neuron_sparsity.passage import NeuronActivations
 from neuron_sparsity.report import _classes as activities
 from neuron_sparsity.report import views
+from neuron_sparsity.report._explorer import KINDS, kind_codes
 from neuron_sparsity.report._fragments import figure, folded, pairs, shaded_text, table, widget
 from neuron_sparsity.report._text import count, join, number, visible, visible_token
 from neuron_sparsity.statistics import CONTEXT_BEFORE
+from neuron_sparsity.taxonomy.files import ROLES
 from neuron_sparsity.viz._checks import MOST_BYTES, finite, fits, matrix, row_of, same_length
 from neuron_sparsity.viz._display import View
 from neuron_sparsity.viz._measured import figures, on
@@ -185,10 +187,9 @@ def _about(atlas: Any, layer: int, neuron: int) -> Markup:
     if len(rows) != 1:
         raise ValueError(f"the atlas has {len(rows)} rows for neuron ({layer}, {neuron}); is it of another model?")
     row = rows.iloc[0]
+    code = int(kind_codes(row))
     kinds = [str(row["class"]).replace("_", " ")]
-    kinds += ["token detector"] if row.get("is_token_detector") else []
-    kinds += ["positional"] if row.get("is_positional") else []
-    kinds += [f"{row['logit_role']} neuron"] if row.get("logit_role", "none") != "none" else []
+    kinds += [f"{kind} neuron" if kind in ROLES else kind for bit, kind in enumerate(KINDS) if code >> bit & 1]
     said = [("kind", ", ".join(kinds))]
     columns = (("triggers", "fires on"), ("top_logit_tokens", "raises"), ("bottom_logit_tokens", "lowers"))
     said += [

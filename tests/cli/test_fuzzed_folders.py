@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from neuron_sparsity import pipeline, recorder
+from neuron_sparsity import pipeline, recorder, recording
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import write_json
 from tests.cli import damage
@@ -51,7 +51,7 @@ def jail(
         patched.setattr(pipeline, "record", partial(recorder.record, checkpoint_seconds=0))
         patched.setattr(NeuronStatistics, "save", interrupt)
         assert measure("record", "--out", half).code == 130
-    (half / recorder.PARTIAL).rename(whole / recorder.PARTIAL)
+    (half / recording.PARTIAL).rename(whole / recording.PARTIAL)
     (tmp_path / "precious.txt").write_text("not of this run")
 
     def fresh() -> Path:
@@ -98,7 +98,7 @@ READERS: dict[str, list[str]] = {
     "passage.json": ["render", "render", "report"],
     "trajectory.json": ["fit", "fit", "render"],
     "statistics.safetensors": ["render", "rank", "rank", "rank as JSON", "report", "record"],
-    "saliency.safetensors": ["rank by gradients"],
+    "saliency.safetensors": ["rank by gradients", "render"],
     "atlas.parquet": ["render", "report"],
     "windows.safetensors": ["report"],
     "record.partial.safetensors": ["record"],
@@ -111,7 +111,7 @@ READERS: dict[str, list[str]] = {
 def test_damaged_files(name: str, data: st.DataObject, jail: Any, cli: Any, measure: Any) -> None:
     folder = jail()
     path = folder / name
-    if name == recorder.PARTIAL:
+    if name == recording.PARTIAL:
         (folder / "statistics.safetensors").unlink()
     how = {".json": damage.damaged_json, ".safetensors": damage.damaged_safetensors}.get(
         path.suffix, damage.damaged_bytes

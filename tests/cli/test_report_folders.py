@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 
 from benchmarks.report_page import synthetic_statistics
-from neuron_sparsity.damage import DamageResult
-from neuron_sparsity.damage_tables import Interval, LayerDamage, TokenDamage
 from neuron_sparsity.report import _explorer
 from neuron_sparsity.report._packed import unpack
 from neuron_sparsity.report_commands import neuron_places
 from neuron_sparsity.store import RunFolder, write_json
+from tests.report.conftest import make_damage
 
 Folder = Callable[..., Path]
 
@@ -39,31 +38,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 
 def damage_of(path: Path, fingerprint: str = "synthetic") -> dict[str, Any]:
     model = synthetic_statistics(2, 24, n_tokens=2048, n_vocab=50).model
-    token = TokenDamage(" peace", (" of",), (" and",), 3, 17, "speech", 1.0, 2.345, 0.5)
-    data = DamageResult(
-        change="truncated at CETT-PPL-1%",
-        ppl_dense=20.0,
-        ppl_changed=20.2,
-        ppl_increase_percent=1.0,
-        rise=Interval(0.01, 0.005, 0.015),
-        kl=Interval(0.012, 0.01, 0.014),
-        percentiles={"50": 0.0},
-        hurt_ratio=0.523,
-        top_percent_share=0.61,
-        hurt=(token,),
-        helped=(token,),
-        by_token=(),
-        min_count=8,
-        by_decile=(),
-        layer_passes="alone",
-        layers=(LayerDamage(0, 0.004, 0.001, 0.007, 0.4), LayerDamage(1, 0.002, None, None, 0.2)),
-        layer_sum=Interval(0.006, None, None),
-        interaction=Interval(0.004, None, None),
-        model=model,
-        corpus={"name": "sotu", "n_tokens": 2048, "scored_tokens": 2044, "sha256": "0", "window": 512},
-        cost={"forward_passes": 4.0, "seconds": 1.0},
-        provenance={},
-    ).to_json()
+    data = make_damage(model=model).to_json()
     data["model"]["fingerprint"] = fingerprint
     write_json(path / "damage.json", data)
     return data

@@ -21,17 +21,17 @@ COUNTS = ("zero_count", "histogram", "contribution_max", "example_value", "examp
 # Rank 1 is gone in its second batch, the first time it is started.
 KILLED = """
 import os, signal
-from neuron_sparsity import recorder
+from neuron_sparsity import recording
 from neuron_sparsity.cli import main
 
-add = recorder._Recording.add
+add = recording.Recording.add
 
 def add_and_die(self, start, tokens):
     add(self, start, tokens)
     if os.environ["RANK"] == "1" and start > 6 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
 
-recorder._Recording.add = add_and_die
+recording.Recording.add = add_and_die
 main()
 """
 

@@ -116,6 +116,7 @@ def test_revisions_of_the_cache(
         (("--tokens-per-step", "1", "--dtype", "int8"), "dtype must be"),
         (("--tokens-per-step", "1", "--tokens", "0"), "--tokens must be at least 1"),
         (("--tokens-per-step", "1", "--every", "0"), "--every must be at least 1"),
+        (("--tokens-per-step", "1", "--every", "10"), "--every 10 is for NAME@all, and none is named"),
         (("--tokens-per-step", "1", "--device", "abacus"), "--device abacus does not work here"),
     ],
 )

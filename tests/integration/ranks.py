@@ -136,12 +136,16 @@ def record_part(
     from neuron_sparsity.recorder import record
 
     shown: list[int] = []
+    recorded = out.with_name("the last rank has recorded")  # the machine may be busy: the killed one waits for it
 
     def progress(label: str, done: int, total: int) -> None:
         shown.append(done)
         if rank == killed and len(shown) == after + 1:  # it is shown before the first batch, too
+            while not recorded.exists():
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         if killed is not None and rank == 2 and len(shown) == 2:
+            recorded.touch()
             time.sleep(1.5)  # so it learns of the loss in the middle of its windows
 
     stats = record(

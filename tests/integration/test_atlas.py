@@ -31,6 +31,7 @@ from neuron_sparsity.taxonomy import (
     logit_effects,
 )
 from neuron_sparsity.taxonomy import active as active_module
+from neuron_sparsity.taxonomy import columns as columns_module
 from neuron_sparsity.taxonomy import logits as logits_module
 from neuron_sparsity.taxonomy import table as table_module
 from neuron_sparsity.taxonomy.active import ActiveBits
@@ -155,7 +156,7 @@ def test_memory_is_bounded_and_changes_nothing(
         return get(self, layer, start, stop)
 
     monkeypatch.setattr(active_module, "IN_MEMORY", 0)
-    monkeypatch.setattr(table_module, "_WORK_BYTES", 3 * (4 * 216 + 2 * 216 + 24 * 192))
+    monkeypatch.setattr(columns_module, "_WORK_BYTES", 3 * (4 * 216 + 2 * 216 + 24 * 192))
     monkeypatch.setattr(logits_module, "_EFFECT_FLOATS", 2100)
     monkeypatch.setattr(ActiveBits, "get", watched)
     small = atlas(case.stats, case.model, case.windows, triggers=LOOSE, batch_size=5)
@@ -385,7 +386,7 @@ def test_the_same_question_is_not_asked_again(saved: SimpleNamespace, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(table_module, "watch", forbidden)
-        patched.setattr(table_module, "logit_effects", forbidden)
+        patched.setattr(columns_module, "logit_effects", forbidden)
         again = atlas(case.stats, case.model, case.windows, folder=saved.folder, triggers=LOOSE)
     pd.testing.assert_frame_equal(again.table, saved.made.table)
     other = atlas(case.stats, case.model, case.windows, folder=saved.folder, classes=ClassRule(dead=0.005))

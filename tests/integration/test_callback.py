@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -200,6 +200,49 @@ def test_a_model_that_cannot_be_measured_stops_the_training_at_once(
         train(tmp_path / "t", callback)
 
 
+def test_a_step_that_cannot_be_measured_is_a_gap_with_its_own_reason(
+    train: Callable[..., Any], windows: Any, tmp_path: Path
+) -> None:
+    """Also where training goes on later from a step behind it."""
+    from transformers import TrainerCallback
+
+    class Step2(TrainerCallback):
+        """Weights that are no numbers while step 2 is measured; the steps after it are sound again."""
+
+        sound: ClassVar[list[torch.Tensor]] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            weight = kwargs["model"].model.layers[0].mlp.up_proj.weight.data
+            if state.global_step == 2 and self.sound:
+                weight.copy_(self.sound.pop())
+            elif state.global_step == 2:
+                self.sound.append(weight.clone())
+                weight.fill_(float("nan"))
+
+    class PowerError(Exception):
+        pass
+
+    class Fails(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 4:
+                raise PowerError
+
+    def callback() -> SparsityCallback:
+        return SparsityCallback(windows, tmp_path / "run", steps=[1, 2], tokens_per_step=PER_STEP, cett=0.15)
+
+    saving = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3}
+    with pytest.raises(PowerError):
+        train(tmp_path / "a", Step2(), callback(), Step2(), Fails(), **saving)
+    assert [gap.checkpoint for gap in TrajectoryResult.load(tmp_path / "run").gaps] == ["step-2"]
+    resumed = callback()
+    train(tmp_path / "a", resumed, resume=str(tmp_path / "a" / "checkpoint-3"), **saving)
+    assert resumed.result is not None
+    assert [point.checkpoint for point in resumed.result.points] == ["step-1", "step-5"]
+    assert [(gap.checkpoint, gap.tokens) for gap in resumed.result.gaps] == [("step-2", 2 * PER_STEP)]
+    assert "NaN" in resumed.result.gaps[0].error
+    assert not (tmp_path / "run" / "weights").exists()
+
+
 def test_what_is_missing_is_told_before_training(
     train: Callable[..., Any], windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,3 +280,15 @@ def test_bad_arguments(options: dict[str, Any], complaint: str, windows: Any, tm
 def test_a_text_is_no_windows(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="windows must be Windows, got str"):
         SparsityCallback("sotu", tmp_path, steps=1)  # type: ignore[arg-type]
+
+
+def test_the_first_process_alone_makes_the_folder(
+    windows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    SparsityCallback(windows, tmp_path / "run", steps=1)
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("RANK", "0")
+    SparsityCallback(windows, tmp_path / "run", steps=1)
+    assert (tmp_path / "run" / "run.json").exists()

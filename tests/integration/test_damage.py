@@ -57,6 +57,14 @@ def test_the_damage_of_nothing_is_exactly_nothing(case: SimpleNamespace, layers:
     assert found.cost["forward_passes"] == 2
 
 
+def test_the_seed_of_resampled_neurons_is_kept(case: SimpleNamespace) -> None:
+    def of(seed: int) -> DamageResult:
+        return damage(case.model, case.windows, CHOSEN, replacement="resample", seed=seed, layers=None)
+
+    assert of(3).provenance["seed"] == 3
+    assert of(3).rise.mean == of(3).rise.mean != of(4).rise.mean
+
+
 def test_differences_are_those_of_two_separate_passes(case: SimpleNamespace, result: Any) -> None:
     dense = losses(case)
     removed = damage(case.model, case.windows, CHOSEN, replacement="mean", means=case.stats.mean_activation)

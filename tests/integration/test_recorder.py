@@ -23,7 +23,8 @@ from neuron_sparsity.adapter import attach, load_model
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import MeasurementError, ModelError, RunFolderError
 from neuron_sparsity.kernels import BackendChoice, histogram_edges
-from neuron_sparsity.recorder import PARTIAL, record
+from neuron_sparsity.recorder import record
+from neuron_sparsity.recording import PARTIAL
 from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics
 from neuron_sparsity.store import read_tensors, write_tensors
 

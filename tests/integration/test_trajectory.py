@@ -16,12 +16,13 @@ import torch
 
 from neuron_sparsity.adapter import attach
 from neuron_sparsity.errors import MeasurementError, RunFolderError
+from neuron_sparsity.evaluation import Evaluator
 from neuron_sparsity.laws import read_points
 from neuron_sparsity.perplexity import perplexity
 from neuron_sparsity.recorder import record
 from neuron_sparsity.sparsity import cett_ppl_sparsity, sparsify
 from neuron_sparsity.trajectory import SparsityAt, TrajectoryResult, track, tracker
-from neuron_sparsity.trajectory.measure import LAST, common_cett
+from neuron_sparsity.trajectory.measure import LAST, common_cett, dead_share, sparsity_at
 
 STEP = 1000
 
@@ -106,6 +107,44 @@ def test_a_point_is_what_its_thresholds_do_to_the_model(
         assert np.mean(found.dead.layer_dead_ratios) == pytest.approx(found.dead.dead_ratio)
         assert found.dead.n_tokens == windows.n_tokens
         assert found.dead.frequency_bound_95 == 3 / windows.n_tokens
+
+
+def test_dead_neurons_are_those_that_a_count_finds(tiny_model: Callable[..., Any], own_windows: Any) -> None:
+    """A neuron that is active once in 1,152 tokens is dead; one that never is is that too; zeros are another matter."""
+    adapter = attach(tiny_model("opt"))
+    windows = own_windows(adapter.model, 64, window=18)
+    posts: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        adapter.final_residual(windows.tokens.long(), lambda layer, z: posts.update({layer: z.flatten(0, 1).clone()}))
+    c = [posts[layer].abs() * norm for layer, norm in enumerate(adapter.w_norms)]
+    cuts = [float(values.topk(2, dim=0).values[1].median()) for values in c]
+    counts = torch.stack([(values >= cut).sum(dim=0) for values, cut in zip(c, cuts, strict=True)])
+    found = dead_share(adapter, windows, cuts)
+    assert found.n_tokens == windows.n_tokens == 1152
+    assert found.layer_dead_ratios == tuple((counts <= 1).double().mean(dim=1).tolist())
+    assert found.dead_ratio == float((counts <= 1).double().mean()) > found.never_active_ratio
+    assert found.never_active_ratio == float((counts == 0).double().mean()) > found.never_nonzero_ratio
+    silent = torch.stack([(posts[layer] == 0).all(dim=0) for layer in range(2)])
+    assert found.never_nonzero_ratio == float(silent.double().mean())
+
+
+def test_a_pass_whose_layers_miss_the_common_cett_is_made_again(
+    checkpoint: Callable[..., Any], windows: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A first check that finds every layer 3 % off: the thresholds are made and checked anew."""
+    told, refined = [], []
+    check, refine = Evaluator.check, Evaluator.refine
+
+    def off(self: Evaluator, thresholds: Any) -> Any:
+        (found,) = check(self, thresholds)
+        told.append(found if told else found * 1.03)
+        return [told[-1]]
+
+    monkeypatch.setattr(Evaluator, "check", off)
+    monkeypatch.setattr(Evaluator, "refine", lambda self, cuts: refined.append(cuts) or refine(self, cuts))
+    found = sparsity_at(attach(checkpoint(5)), windows, 0.1)[1]
+    assert (len(told), len(refined)) == (2, 1)
+    assert [layer.cett for layer in found.layers] == told[1].tolist() == pytest.approx([0.1] * 2, rel=0.005)
 
 
 def test_own_is_the_search_of_that_checkpoint(
@@ -266,6 +305,22 @@ def test_later_checkpoints_join_an_earlier_run(seven: Any, windows: Any, tmp_pat
     part = track(seven[:3], windows, folder=tmp_path, tokens_per_step=10)
     assert part.common == early.common
     assert [point.checkpoint for point in part.pending] == ["step4000"]
+
+
+@pytest.mark.usefixtures("last_two")
+def test_other_weights_at_a_place_are_measured_anew(
+    seven: Any, checkpoint: Callable[..., Any], windows: Any, tmp_path: Path
+) -> None:
+    early = track(seven[:2], windows, folder=tmp_path, tokens_per_step=10)
+    later = track(
+        [("step1000", lambda: checkpoint(6)), *seven[1:3]], windows, folder=tmp_path, tokens_per_step=10
+    )  # step 3000 moves the common CETT, so that step 1000 is visited again
+    first = later.points[0]
+    assert first.fingerprint == attach(checkpoint(6)).info.fingerprint != early.points[0].fingerprint
+    assert first.ppl_dense == pytest.approx(perplexity(checkpoint(6), windows).ppl, rel=1e-6)
+    assert first.own != early.points[0].own
+    assert [found.cett for found in first.passes] == [later.cett]
+    assert later.points[1].own == early.points[1].own
 
 
 def test_fewer_than_five_and_a_given_cett(seven: Any, windows: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from neuron_sparsity.damage import DamageResult
+from neuron_sparsity.damage_tables import Interval, LayerDamage, TokenDamage
 from neuron_sparsity.interval import Estimate
+from neuron_sparsity.model_info import ModelInfo
+from tests.report.browser import CHROMIUM, Tab, chromium
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 EXAMPLES, CONTEXT, CENTRE = 5, 24, 16
@@ -96,7 +102,8 @@ def make_run(
     above = random.binomial(n_tokens, frequency)
     above[:, : max(d_mlp // 200, 2)] = 0
     above[:, -2:] = n_tokens
-    above[0, 2:5] = [3, int(0.005 * n_tokens), int(0.9999 * n_tokens)]
+    edges = (0.0009, 0.0011, 0.0019, 0.0098, 0.0102, 0.0195, 0.9898, 0.9902)  # just beside where classes begin
+    above[0, 2:13] = [3, int(0.005 * n_tokens), int(0.9999 * n_tokens), *(int(edge * n_tokens) for edge in edges)]
     zero = np.where(above == 0, random.binomial(n_tokens, 0.9, above.shape), 0)
     zero[0, :2] = n_tokens
     total = np.exp(shift - 2.5 + 0.4 * random.normal(size=shift.shape)) * n_tokens * (zero < n_tokens)
@@ -255,6 +262,52 @@ def make_removed(info: Any, text: dict[str, Any], stats: Any) -> SimpleNamespace
             "command": "neuron-sparsity report smollm2-135m --p 1 --out run",
         },
     )
+
+
+def make_damage(**changes: Any) -> DamageResult:
+    token = TokenDamage(" peace", (" of",), (" and",), 3, 17, "speech", 1.0, 2.345, 0.5)
+    found = DamageResult(
+        change="truncated at CETT-PPL-1%",
+        ppl_dense=20.0,
+        ppl_changed=20.2,
+        ppl_increase_percent=1.0,
+        rise=Interval(0.01, 0.005, 0.015),
+        kl=Interval(0.012, 0.01, 0.014),
+        percentiles={"50": 0.0},
+        hurt_ratio=0.523,
+        top_percent_share=0.61,
+        hurt=(token,),
+        helped=(token,),
+        by_token=(),
+        min_count=8,
+        by_decile=(),
+        layer_passes="alone",
+        layers=(LayerDamage(0, 0.004, 0.001, 0.007, 0.4), LayerDamage(1, 0.002, None, None, 0.2)),
+        layer_sum=Interval(0.002, None, None),
+        interaction=Interval(0.008, None, None),
+        model=ModelInfo("m", 2, 4, 8, "silu", True, "float32", "as loaded", "host", (0, 1), "f"),
+        corpus={"name": "sotu", "n_tokens": 2048, "scored_tokens": 2044, "sha256": "0", "window": 512},
+        cost={"forward_passes": 4.0, "seconds": 1.0},
+        provenance={},
+    )
+    return replace(found, **changes)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if not CHROMIUM:
+        pytest.skip("no Chromium on this machine; Debian, Ubuntu: apt-get install chromium")
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def tab(browser: Any, tmp_path: Path) -> Iterator[Tab]:
+    """A page in the browser. A test that leaves a word on the console, or a request, fails."""
+    tab = Tab(browser, tmp_path)
+    yield tab
+    tab.page.close()
+    tab.require_silence()
 
 
 @pytest.fixture

@@ -9,39 +9,26 @@ from typing import Any
 import pytest
 
 from neuron_sparsity.damage import DamageResult
-from neuron_sparsity.damage_tables import DecileDamage, Interval, LayerDamage, TokenDamage, TokenGroup
-from neuron_sparsity.model_info import ModelInfo
+from neuron_sparsity.damage_tables import DecileDamage, LayerDamage, TokenDamage, TokenGroup
 from neuron_sparsity.report import views
+from tests.report.conftest import make_damage
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
 
 @pytest.fixture
 def found() -> DamageResult:
+    damage = make_damage()
     token = TokenDamage(HOSTILE, ("<b>", "\u202e"), (" after",), 3, 17, HOSTILE, 1.0, 2.345, 0.5)
-    return DamageResult(
+    return replace(
+        damage,
         change=f"truncated {HOSTILE}",
-        ppl_dense=20.0,
-        ppl_changed=20.2,
-        ppl_increase_percent=1.0,
-        rise=Interval(0.01, 0.005, 0.015),
-        kl=Interval(0.012, 0.01, 0.014),
-        percentiles={"50": 0.0},
-        hurt_ratio=0.523,
-        top_percent_share=0.61,
         hurt=(token,),
         helped=(replace(token, difference=-1.75),),
         by_token=(TokenGroup("</td>", 5, 12, 0.25, 0.01, 0.3, 0.1),),
-        min_count=8,
         by_decile=(DecileDamage(1, 51, 400, 0.01, None, None, 0.01),),
-        layer_passes="alone",
-        layers=(LayerDamage(0, 0.004, 0.001, 0.007, 0.4), LayerDamage(1, -0.002, None, None, -0.2)),
-        layer_sum=Interval(0.002, None, None),
-        interaction=Interval(0.008, None, None),
-        model=ModelInfo("m", 2, 4, 8, "silu", True, "float32", "as loaded", "host", (0, 1), "f"),
+        layers=(damage.layers[0], LayerDamage(1, -0.002, None, None, -0.2)),
         corpus={"name": HOSTILE, "scored_tokens": 4088, "sha256": "0"},
-        cost={},
-        provenance={},
     )
 
 

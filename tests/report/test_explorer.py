@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.report_page import synthetic_statistics
+from benchmarks.report_page import synthetic_saliency, synthetic_statistics
 from neuron_sparsity.kernels import histogram_edges
 from neuron_sparsity.report import _classes as classes
 from neuron_sparsity.report import report
 from neuron_sparsity.report._explorer import KINDS, explorer
 from neuron_sparsity.report._packed import Packed, asinh_codes, log_codes, unpack
 from neuron_sparsity.report.views import neuron_table
+from neuron_sparsity.taxonomy import atlas as taxonomy_atlas
+from neuron_sparsity.taxonomy.classes import CLASSES
 from tests.report.conftest import Run, make_atlas, make_run
 
 MB = 1_000_000
@@ -31,7 +35,7 @@ def decoded(header: dict[str, Any], sections: dict[str, np.ndarray], key: str) -
     column = next(column for column in header["columns"] if column["key"] == key)
     codes = sections[key].astype(np.float64)
     place = column["low"] + (codes - 1) / 65_533 * (column["high"] - column["low"])
-    values = np.exp(place) if column["scale"] == "log" else np.sinh(place)
+    values = np.exp(place) if column["scale"] == "log" else column["step"] * np.sinh(place)
     if column["scale"] == "log":
         values[codes == 0] = 0.0
     values[codes == 65_535] = np.nan
@@ -98,6 +102,38 @@ def test_removal_says_in_which_place_a_neuron_goes(run: Run) -> None:
     assert (sections["removal"] > 0).sum() == run.removed.n_removable
 
 
+@pytest.mark.parametrize("replacement", ["mean", "zero", "resample"])
+def test_gradients_predict_what_each_neuron_alone_costs(run: Run, replacement: str) -> None:
+    run.removed.replacement = replacement
+    saliency = synthetic_saliency(run.stats)
+    header, sections = unpacked(run, saliency=saliency)
+    place = 0.0 if replacement == "zero" else saliency.activation_sum / 4096
+    nats = (place * saliency.gradient_sum - saliency.product_sum) / 4088
+    assert nats.min() < -1e-4
+    assert nats.max() > 1e-2
+    np.testing.assert_allclose(decoded(header, sections, "rise"), nats.ravel(), rtol=5e-4, atol=1e-8)
+    html = neuron_table(run.stats, run.result, run.removed, saliency=saliency)
+    assert "predicted to first order from gradients on 4,096 tokens of speeches for ranking, with " in html
+    assert f"with {'zero' if replacement == 'zero' else 'its mean'} in its place on every token" in html
+
+
+def test_gradients_of_other_neurons_are_refused(run: Run) -> None:
+    other = synthetic_saliency(make_run(d_mlp=40).stats)
+    with pytest.raises(ValueError, match=r"the saliency is of \[4, 40\] neurons, the statistics of \[4, 48\]"):
+        neuron_table(run.stats, saliency=other)
+    with pytest.raises(ValueError, match="the statistics and the NeuronSaliency come from different models"):
+        report(run.stats, saliency=other)
+
+
+def test_a_prediction_beyond_all_bounds_is_a_number(run: Run) -> None:
+    saliency = synthetic_saliency(run.stats)
+    saliency.product_sum[0, :2] = torch.tensor([-1e300, 1e300], dtype=torch.float64)
+    header, sections = unpacked(run, saliency=saliency)
+    found = decoded(header, sections, "rise")
+    np.testing.assert_allclose(found[:2], [1e300 / 4088, -1e300 / 4088], rtol=1e-3)
+    assert np.isfinite(found).all()
+
+
 def test_an_atlas_is_shown_as_far_as_it_goes(run: Run) -> None:
     atlas = make_atlas(run.stats)
     header, sections = unpacked(run, atlas=atlas)
@@ -131,6 +167,26 @@ def test_an_atlas_of_other_neurons_is_refused(run: Run, change: Any, said: str) 
 def test_an_atlas_object_is_taken_by_its_table(run: Run) -> None:
     atlas = make_atlas(run.stats)
     assert neuron_table(run.stats, atlas=SimpleNamespace(table=atlas)) == neuron_table(run.stats, atlas=atlas)
+
+
+def test_classes_are_those_of_an_atlas_of_the_same_statistics(run: Run) -> None:
+    above = (run.stats.above_count.flatten() // 8)[None, :, None].repeat(2, 1, 1)  # just beside where classes begin
+    stats = replace(synthetic_statistics(2, 192, n_tokens=2048, n_vocab=50), above_count=above)
+    table = taxonomy_atlas(stats).table
+    _, sections = unpack(explorer(stats, classes.activity(stats)).text)
+    assert np.array(CLASSES)[sections["class"]].tolist() == table["class"].tolist()
+    assert table["class"].nunique() == 4
+
+
+def test_an_atlas_that_counts_otherwise_is_said(run: Run) -> None:
+    atlas = SimpleNamespace(table=make_atlas(run.stats), model=run.stats.model, watched=None)
+    atlas.definitions = {"active": "contribution >= the layer's CETT-PPL-1% threshold", "classes": "dead: unlike here"}
+    html = neuron_table(run.stats, run.result, atlas=atlas)
+    assert "<dt>active, for triggers and positions</dt><dd>contribution &gt;= the layer" in html
+    assert "unlike here" not in html
+    assert "the classes count otherwise" not in html
+    atlas.definitions["active"] = "post-activation is not exactly zero"
+    assert "not exactly zero; the classes count otherwise</dd>" in neuron_table(run.stats, run.result, atlas=atlas)
 
 
 def test_an_atlas_says_what_it_was_measured_on(run: Run) -> None:
@@ -192,13 +248,14 @@ def test_what_does_not_fit_a_section_is_refused() -> None:
 @pytest.mark.parametrize("values", [[], [0.0, 0.0], [np.nan], [3.0], [1e-30, 1e30, np.inf]])
 def test_codes_of_few_or_strange_values(values: list[float]) -> None:
     for encode in (log_codes, asinh_codes):
-        codes, low, high = encode(np.array(values), 65_534)
-        assert np.isfinite([low, high]).all()
+        codes, *ends = encode(np.array(values), 65_534)
+        assert np.isfinite(ends).all()
         assert ((codes == 65_535) == ~np.isfinite(values)).all()
 
 
 def test_the_page_of_30_layers_stays_under_6_mb(full_run: Run) -> None:
     parts = {"passage": full_run.passage, "atlas": make_atlas(full_run.stats)}
+    parts |= {"saliency": synthetic_saliency(full_run.stats)}
     html = report(full_run.stats, full_run.result, full_run.removed, **parts).html
     assert 2 * MB < len(html.encode()) < 6 * MB
 
@@ -206,7 +263,7 @@ def test_the_page_of_30_layers_stays_under_6_mb(full_run: Run) -> None:
 def test_a_page_of_random_text_stays_under_6_mb() -> None:
     """Text that deflate gains least from: tokens of a large vocabulary, independent of each other."""
     stats = synthetic_statistics(30, 1536)
-    html = report(stats, atlas=make_atlas(stats)).html
+    html = report(stats, saliency=synthetic_saliency(stats), atlas=make_atlas(stats)).html
     assert len(html.encode()) < 6 * MB
 
 
@@ -214,7 +271,7 @@ def test_a_page_of_random_text_stays_under_6_mb() -> None:
 def test_the_page_of_32_layers_of_14336_stays_under_15_mb() -> None:
     stats = synthetic_statistics(32, 14_336, n_vocab=128_256)
     atlas = make_atlas(stats, n_texts=5_000)
-    html = report(stats, atlas=atlas).html
+    html = report(stats, saliency=synthetic_saliency(stats), atlas=atlas).html
     assert len(html.encode()) < 15 * MB
     assert "458,752" in html
     said = re.search(r"are in this page for ([\d,]+) neurons", html)

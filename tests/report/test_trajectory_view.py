@@ -20,6 +20,7 @@ from neuron_sparsity.trajectory import (
     TrajectoryPoint,
     TrajectoryResult,
 )
+from tests.report.browser import Tab
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 CETT = 0.07
@@ -76,6 +77,21 @@ def test_nothing_of_the_data_becomes_markup(result: TrajectoryResult) -> None:
     assert html.count("</script>") == html.count("<script")
 
 
+@pytest.mark.parametrize("width", [1280, 400])
+def test_in_a_browser_it_fits_and_runs_nothing(tab: Tab, result: TrajectoryResult, width: int) -> None:
+    page = tab.open(trajectory_report(result, title="Untouched").html, width=width)
+    assert page.title() == "Untouched"
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.locator("img[onerror]").count() == 0
+    field = page.locator("[data-heat] .field")
+    field.focus()
+    for _ in range(14):
+        page.keyboard.press("ArrowRight")
+    said = page.locator("[data-heat] .readout").inner_text()
+    assert said.startswith("layer 0, checkpoint 14 “</script><img·src=x·onerror=alert(1)>@step14”: activation ratio ")
+    assert float(said.split()[-1]) == pytest.approx(result.points[14].passes[0].layers[0].activation_ratio, abs=1e-4)
+
+
 def test_the_same_result_gives_the_same_bytes(result: TrajectoryResult) -> None:
     assert trajectory_report(result).html == trajectory_report(result).html
 
@@ -91,6 +107,7 @@ def test_an_unfinished_run(result: TrajectoryResult) -> None:
     html = trajectory_report(unfinished).html
     assert "the run is not finished" in html
     assert html.count("not measured") >= 2
+    assert "at the common CETT, which is not found yet" in html
     assert "Every checkpoint could be loaded" in html
 
 

@@ -639,7 +639,7 @@ def test_layer_map_of_an_atlas_is_that_of_its_run(results: Results, atlas: Simpl
     view, of_run = viz.layer_map(atlas), viz.layer_map(results.run.stats, results.run.result)
     ours, theirs = Document(view.fragment).data, Document(of_run.fragment).data
     assert ours == theirs
-    assert "active: contribution >= the threshold; dead: under 0.1 % of tokens: 9 dead; N = 16,384" in view.measured
+    assert "active: contribution >= the threshold; dead: under 0.1 % of tokens: 10 dead; N = 16,384" in view.measured
     pictures = [shown.figure().axes[0].images[0].get_array() for shown in (view, of_run)]
     assert np.array_equal(pictures[0].mask, pictures[1].mask)
     assert viz.layer_map(atlas.table.sample(frac=1, random_state=0), measured="elsewhere").measured == "elsewhere"
@@ -657,6 +657,9 @@ def test_examples_say_what_an_atlas_knows(results: Results, atlas: SimpleNamespa
     assert "·war" in found.text
     assert "lowers" not in found.text, "what is empty is not shown"
     assert "img" not in found.tags
+    pairs = atlas.table.assign(is_token_detector=False, ngram=2, is_positional=True)
+    found = Document(viz.examples(results.run.stats, NEURON, atlas=pairs).fragment)
+    assert "kind alive, bigram detector, positional, suppression neuron" in " ".join(found.said).replace("  ", " ")
     bare = atlas.table[["layer", "neuron", "class", "activation_frequency"]]
     assert "fires on" not in Document(viz.examples(results.run.stats, NEURON, atlas=bare).fragment).text
     with pytest.raises(ValueError, match=r"0 rows for neuron \(1, 7\); is it of another model"):

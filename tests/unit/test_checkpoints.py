@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from neuron_sparsity.errors import ModelError
@@ -70,6 +71,8 @@ def test_order_is_that_of_training() -> None:
     found = resolve(["b/step20", Path("a/step3"), ("step1", dict), Checkpoint("last", 900, "x")], tokens_per_step=10)
     assert [checkpoint.label for checkpoint in found] == ["step1", "a/step3", "b/step20", "last"]
     assert [checkpoint.tokens for checkpoint in found] == [10, 30, 200, 900]
+    counted = resolve([Checkpoint("last", 9e2, "x"), Checkpoint("first", np.int64(3), "x")])  # type: ignore[arg-type]
+    assert [(checkpoint.tokens, type(checkpoint.tokens)) for checkpoint in counted] == [(3, int), (900, int)]
     mapped = resolve(["early", "step2"], training_tokens={"early": 5.0}, tokens_per_step=10)
     assert [(checkpoint.label, checkpoint.tokens) for checkpoint in mapped] == [("early", 5), ("step2", 20)]
 

@@ -21,6 +21,7 @@ from neuron_sparsity import corpus as corpus_module
 from neuron_sparsity import sources as sources_module
 from neuron_sparsity.corpus import Windows, load_corpus, windows_from_text
 from neuron_sparsity.errors import CorpusError
+from neuron_sparsity.windows import evenly
 
 N_WORDS = 3000
 UNK, BOS, EOS, FIRST_WORD = 0, 1, 2, 4
@@ -208,7 +209,7 @@ def test_windows_are_disjoint_contiguous_and_as_many_as_asked(lengths, n_ctx, n_
 @given(n=st.integers(1, 300), data=st.data())
 def test_spread_and_visiting_order(n, data):
     n_chosen = data.draw(st.integers(1, n))
-    chosen = corpus_module._spread(n, n_chosen)
+    chosen = evenly(n, n_chosen)
     assert chosen == sorted(set(chosen))
     assert 0 <= chosen[0] <= chosen[-1] < n
     order = corpus_module._visiting_order(n, n_chosen)

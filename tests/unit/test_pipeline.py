@@ -16,7 +16,7 @@ from neuron_sparsity import pipeline
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.pipeline import Run
-from neuron_sparsity.recorder import PARTIAL
+from neuron_sparsity.recording import PARTIAL
 from neuron_sparsity.run_results import load_run, means_of, render
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import read_tensors, write_tensors
@@ -161,7 +161,7 @@ def test_windows_of_the_folder_are_those_of_its_results(run: Callable[..., Run],
 
 
 def test_large_windows_are_not_kept(run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_MAX_WINDOW_BYTES", 100)
+    monkeypatch.setattr("neuron_sparsity.windows._MAX_BYTES", 100)
     assert not run().folder.has("windows.safetensors")
 
 

@@ -12,13 +12,13 @@ import pytest
 import transformers as hf
 
 from benchmarks import memory, plan_table
-from neuron_sparsity import pipeline
 from neuron_sparsity.adapter import attach
 from neuron_sparsity.blueprint import draw
-from neuron_sparsity.footprint import _MAX_WINDOW_BYTES, Footprint
+from neuron_sparsity.footprint import Footprint
 from neuron_sparsity.perplexity import default_batch_size
 from neuron_sparsity.plan import plan, plan_for
-from neuron_sparsity.recorder import _Recording, record
+from neuron_sparsity.recorder import record
+from neuron_sparsity.recording import Recording
 
 STACK = Footprint(n_layers=2, d_mlp=48, d_model=16, n_ctx=32, batch_size=4)
 
@@ -40,7 +40,7 @@ def test_state_and_file_are_those_of_a_recording(tmp_path: Path) -> None:
     stack, windows = memory.SyntheticStack(2, 48), memory.synthetic_windows(256, 32)
     cuts = {"a": [0.5, 0.5], "b": [1.0, 1.0]}
     footprint = Footprint(2, 48, 0, 32, 4, n_cuts=2)
-    recording = _Recording(stack, windows, cuts, 5)
+    recording = Recording(stack, windows, cuts, 5)
     held = sum(tensor.nbytes for tensor in recording._stacked().values()) + sum(norm.nbytes for norm in stack.w_norms)
     assert held == footprint.state
     stats = record(stack, windows, thresholds=cuts, folder=tmp_path, batch_size=4)
@@ -79,7 +79,6 @@ def test_batch_is_what_a_run_takes_where_memory_is_no_limit(
     made = plan_for(draw(tiny_llama(), name="tiny"), n_tokens=10_000, n_ctx=64)
     assert made.batch_size == default_batch_size(adapter, 64)
     assert plan_for(made.model, n_tokens=128, n_ctx=64).batch_size == 2  # no more than there are
-    assert pipeline._MAX_WINDOW_BYTES == _MAX_WINDOW_BYTES
 
 
 @pytest.mark.parametrize(

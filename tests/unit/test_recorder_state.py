@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from neuron_sparsity.recorder import _contexts, _PerLayer
+from neuron_sparsity.recording import _contexts, _PerLayer
 from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH
 
 

@@ -32,6 +32,10 @@
   const written = (value, unit) => {
     if (!Number.isFinite(value)) return "n/a";
     if (unit === "percent") return number(100 * value) + " %";
+    if (unit === "rise") { // of the loss, in nats; shown as what it does to perplexity
+      const percent = 100 * Math.expm1(value);
+      return percent > 1000 ? "over +1,000 %" : (percent > 0 ? "+" : "") + number(percent) + " %";
+    }
     return unit === "count" ? count(Math.round(value)) : number(value);
   };
 
@@ -57,11 +61,11 @@
     return { header, sections };
   };
 
-  const decoder = ({ scale, low, high }) => (code) => {
+  const decoder = ({ scale, low, high, step }) => (code) => {
     if (code === NONE) return NaN;
     if (scale === "log" && code === 0) return 0;
     const at = low + ((code - 1) / 65533) * (high - low);
-    return scale === "log" ? Math.exp(at) : Math.sinh(at);
+    return scale === "log" ? Math.exp(at) : step * Math.sinh(at);
   };
 
   const explore = (root, { header, sections }, words) => {
@@ -307,12 +311,15 @@
       if (sections.kind && sections.kind[at]) items.push(["kind", kindsOf(at).join(", ")]);
       header.columns.forEach(({ key, label, unit }) => {
         let said = written(value(key, at), unit) + (unit === "bits" ? " bits" : "");
+        if (unit === "rise") said = "perplexity " + said + ", " + words.alone;
         if (key === "frequency") said += value(key, at) === 0 ? " of " + count(header.tokens) + " tokens; at most " + words.never + " (95 %)" : " of " + count(header.tokens) + " tokens";
         items.push([label, said]);
       });
-      if (sections.removal) {
+      if (!words.alone) items.push(["removed alone", "not predicted: this needs gradients, which neuron-sparsity ablate leaves in the run folder"]);
+      if (!sections.removal) items.push(["removed with others", "not measured: neuron-sparsity ablate finds what can go"]);
+      else {
         const place = sections.removal[at];
-        items.push(["removal", place
+        items.push(["removed with others", place
           ? "can go: number " + count(place) + " of " + count(words.nRemovable) + " " + words.removal
           : "stays: not among the " + count(words.nRemovable) + " that can go " + words.removal]);
       }
