@@ -6,7 +6,7 @@
 #   make check       ruff and mypy
 #   make bench       the benchmarks
 #   make kernels     compile every kernel ahead of time for two GPU generations; no GPU is needed
-#   make notebooks   run every notebook from top to bottom
+#   make notebooks   run every notebook from top to bottom, and what is tested of widgets in one
 #   make docs        build the documentation into site/
 #   make ci-tl3      the tests on TransformerLens 3.9.0, in .venv-tl3
 #   make clean       remove environments, caches and built files (runs/ stays)
@@ -60,7 +60,8 @@ bench: $(VENV)/.installed-test
 kernels: $(VENV)/.installed-test
 	$(VENV)/bin/python -m benchmarks.compile_kernels
 
-notebooks: $(VENV)/.installed-notebooks
+notebooks: $(VENV)/.installed-test $(VENV)/.installed-notebooks
+	$(VENV)/bin/python -m pytest -p no:xdist tests/report/test_viz_notebook.py
 	@for file in notebooks/*.ipynb; do \
 		echo "== $$file"; start=$$(date +%s); \
 		$(VENV)/bin/jupyter-execute --timeout=900 "$$file" || exit 1; \
