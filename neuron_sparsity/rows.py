@@ -14,7 +14,8 @@ A row is tokenised when it arrives and its text forgotten, so memory holds about
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,29 +85,9 @@ def read_data_set(source: str, column: str, cutter: Cutter, need: Need) -> DataS
         CorpusError: If it cannot be read, or the split or column is not there.
         ValueError: If `source` has another form.
     """
-    path, config, split = [*source.removeprefix("hf:").split(":"), "", ""][:3]
-    if not path or source.count(":") > 3:
-        raise ValueError(f"a data set is named hf:NAME[:CONFIG[:SPLIT]], got {source!r}")
-    try:
-        import datasets
-    except ImportError as error:
-        raise CorpusError(f'{source} needs the package datasets: pip install "neuron-sparsity[hf]"') from error
-    options: dict[str, Any] = {"streaming": True}
-    if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:  # datasets < 4
-        options["trust_remote_code"] = False
-    try:
-        splits: Any = datasets.load_dataset(path, config or None, **options)
-        split = split or next((known for known in ("test", "train") if known in splits), next(iter(splits)))
-        if split not in splits:
-            raise CorpusError(f"{source} has no split {split!r}; pass one of: {', '.join(splits)}")
-        whole = _is_small(path, splits[split], split)
-        documents, sampling = _sample(_texts(splits[split], column, source), cutter, need, whole=whole)
-    except CorpusError:
-        raise
-    except Exception as error:  # datasets raises anything: ConnectionError, ValueError, RuntimeError, of the hub's own
-        raise CorpusError(
-            f"cannot read {source}: {reason(error)}; check its name and the network, or pass a file"
-        ) from error
+    with _opened(source, ("test", "train")) as (path, config, split, rows):
+        whole = _is_small(path, rows, split)
+        documents, sampling = _sample(_texts(rows, column, source), cutter, need, whole=whole)
     return DataSet(f"hf:{path}:{config}:{split}", documents, sampling)
 
 
@@ -119,19 +100,40 @@ def stream_texts(source: str, column: str) -> Iterator[str]:
 
     Raises:
         CorpusError: If it cannot be read, or the split or column is not there.
+        ValueError: If `source` has another form.
+    """
+    with _opened(source, ("train",)) as (_, _, _, rows):
+        for _, text in _texts(rows, column, source):
+            yield text
+
+
+@contextmanager
+def _opened(source: str, usual: Sequence[str]) -> Iterator[tuple[str, str, str, Any]]:
+    """Open a data set; what goes wrong while its rows are read is a CorpusError.
+
+    Args:
+        source: `hf:NAME[:CONFIG[:SPLIT]]`.
+        usual: Splits to take if none is named, the first that is there; else the data set's first.
+
+    Yields:
+        Name, configuration, split and the split's rows.
     """
     path, config, split = [*source.removeprefix("hf:").split(":"), "", ""][:3]
+    if not path or source.count(":") > 3:
+        raise ValueError(f"a data set is named hf:NAME[:CONFIG[:SPLIT]], got {source!r}")
     try:
         import datasets
     except ImportError as error:
         raise CorpusError(f'{source} needs the package datasets: pip install "neuron-sparsity[hf]"') from error
+    options: dict[str, Any] = {"streaming": True}
+    if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:  # datasets < 4
+        options["trust_remote_code"] = False
     try:
-        splits: Any = datasets.load_dataset(path, config or None, streaming=True)
-        split = split or ("train" if "train" in splits else next(iter(splits)))
+        splits: Any = datasets.load_dataset(path, config or None, **options)
+        split = split or next((known for known in usual if known in splits), next(iter(splits)))
         if split not in splits:
             raise CorpusError(f"{source} has no split {split!r}; pass one of: {', '.join(splits)}")
-        for _, text in _texts(splits[split], column, source):
-            yield text
+        yield path, config, split, splits[split]
     except CorpusError:
         raise
     except Exception as error:  # datasets raises anything: ConnectionError, ValueError, RuntimeError, of the hub's own

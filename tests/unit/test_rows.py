@@ -15,7 +15,7 @@ import pytest
 from neuron_sparsity import corpus as corpus_module
 from neuron_sparsity import rows as rows_module
 from neuron_sparsity.corpus import Windows, load_corpus
-from neuron_sparsity.rows import Need
+from neuron_sparsity.rows import Need, stream_texts
 from neuron_sparsity.sources import Cutter, Document
 
 WORDS = "w1 w2 w3 w4"
@@ -195,3 +195,24 @@ def test_memory_holds_what_is_needed(
     assert most <= (2 if whole else 1) * (need.tokens // per_row + 2)
     with pytest.raises(AssertionError, match="not kept"):
         documents[0].read(0, 5)
+
+
+def test_no_code_of_a_data_set_is_run_by_older_datasets(hub: Any, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before version 4 they asked, or ran it: whoever reads rows says no."""
+    hub(Rows(iter([])))
+    asked: list[bool] = []
+
+    def load_dataset(path: str, name: str | None = None, *, streaming: bool, trust_remote_code: bool = True) -> Any:
+        asked.append(trust_remote_code)
+        return {"train": Rows(iter([WORDS] * 50))}
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert len(list(stream_texts("hf:set", "text"))) == 50
+    assert load("set", model, 2).n_windows == 2
+    assert asked == [False, False]
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf:a:b:c:d"])
+def test_a_stream_is_named_as_a_data_set_is(source: str) -> None:
+    with pytest.raises(ValueError, match="a data set is named hf:NAME"):
+        next(stream_texts(source, "text"))
