@@ -78,7 +78,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def run_row(run: StudyRun) -> str:
     """Return a run as a row of Markdown."""
-    law, last = run.laws[0], next((point for point in reversed(run.points) if point.phase == "stable"), None)
+    law, last = run.laws[0], run.stable_end
     limit, later, rmse = "no fit", "no fit", ""
     if law.fit is not None:
         low, high = law.fit["limit_interval"]

@@ -26,8 +26,9 @@ __all__ = ["study"]
 @one_line_errors
 def study(
     preset: Annotated[
-        str, typer.Option("--preset", help="tiny, small, or paper-0.1b, -0.2b, -0.4b, -0.8b, -1.2b.")
-    ] = "tiny",
+        str | None,
+        typer.Option("--preset", help="tiny, small, or paper-0.1b, -0.2b, -0.4b, -0.8b, -1.2b. Default: tiny."),
+    ] = None,
     config: Annotated[
         Path | None, typer.Option("--config", help="A configuration of your own, TOML or JSON, instead of a preset.")
     ] = None,
@@ -51,6 +52,8 @@ def study(
     An interrupted study goes on where it stopped. With `accelerate launch -m neuron_sparsity study ...` several
     processes train each model together.
     """
+    if preset is not None and config is not None:
+        raise ValueError("give --preset or --config, not both")
     if out is None and not dry_run:
         raise ValueError("name a folder with --out, or see what would be trained with --dry-run")
     from neuron_sparsity.progress import progress_bar
@@ -60,7 +63,7 @@ def study(
         from neuron_sparsity.study import study as run_study
         from neuron_sparsity.study.grid import PARENT
 
-        found = load_config(preset if config is None else _file(config))
+        found = load_config(preset or "tiny" if config is None else _file(config))
         if text:
             found = dataclasses.replace(found, text=dataclasses.replace(found.text, source=tuple(text)))
         if out is None or dry_run:

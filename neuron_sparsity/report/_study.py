@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from neuron_sparsity.report._charts import Axis, Chart, linear_axis, log_axis
 from neuron_sparsity.report._fragments import figure, note, pairs, table
-from neuron_sparsity.report._text import count, join, number, percent_of, plain, signed, target, visible
+from neuron_sparsity.report._text import count, interval, join, number, percent_of, plain, signed, target, visible
 
 if TYPE_CHECKING:
     from neuron_sparsity.study import LawFound, StudyPoint, StudyResult, StudyRun
@@ -152,7 +152,7 @@ def run_table(result: StudyResult) -> str:
     """Return every run at the end of its stable phase."""
     rows = []
     for run in result.runs:
-        last = next((p for p in reversed(run.points) if p.phase == "stable"), None)
+        last = run.stable_end
         shape = f"{run.shape['n_layers']} x {run.shape['d_model']} x {run.shape['d_mlp']}"
         cells = ["not measured"] * 5 if last is None else _end_cells(run, last)
         rows.append([visible(run.name), shape, count(run.parameters["non_embedding"]), *cells])
@@ -294,17 +294,13 @@ def _law_cells(law: LawFound) -> list[str]:
     if law.fit is None:
         return ["", "", "", "", "", "", "", visible(law.problem)]
     fit = law.fit
-    numbers = [f"{number(fit[name])} ({_interval(fit['intervals'][name])})" for name in ("alpha", "c", "A_0")]
+    numbers = [f"{number(fit[name])} ({interval(*fit['intervals'][name])})" for name in ("alpha", "c", "A_0")]
     errors = [number(fit["r2"]), number(math.sqrt(fit["mse"]))]
     remarks = visible(" ".join(fit["warnings"]))
     later = "no fit"
     if law.later is not None:
-        later = f"{number(law.later['limit'])} ({_interval(law.later['limit_interval'])})"
+        later = f"{number(law.later['limit'])} ({interval(*law.later['limit_interval'])})"
     return [*numbers, later, "yes" if law.told else "no", *errors, remarks]
-
-
-def _interval(ends: Sequence[float | None]) -> str:
-    return " to ".join("no end" if end is None else number(end) for end in ends)
 
 
 def _end_cells(run: StudyRun, last: StudyPoint) -> list[str]:

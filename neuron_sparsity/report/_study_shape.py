@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup
 
 from neuron_sparsity.report._charts import Chart, linear_axis, log_axis
 from neuron_sparsity.report._fragments import figure, note, table
 from neuron_sparsity.report._study import COLOURS, key
-from neuron_sparsity.report._text import count, number, percent_of, visible
+from neuron_sparsity.report._text import count, interval, number, percent_of, visible
 
 if TYPE_CHECKING:
     from neuron_sparsity.study import Series, StudyResult, StudyRun
@@ -181,14 +181,10 @@ def _told(found: Series) -> str:
     fit = found.fit
     if found.kind == "scale":
         return str(visible(fit["verdict"]))
-    ends = {name: _between(fit["intervals"][name]) for name in ("slope", "bottleneck", "plateau")}
+    ends = {name: interval(*fit["intervals"][name]) for name in ("slope", "bottleneck", "plateau")}
     told = (
         f"Linear up to a bottleneck, then flat: slope {number(fit['slope'])} (95 % interval {ends['slope']}), "
         f"bottleneck {number(fit['bottleneck'])} ({ends['bottleneck']}), plateau {number(fit['plateau'])} "
         f"({ends['plateau']}). "
     )
     return told + str(visible(" ".join(fit["warnings"])))
-
-
-def _between(ends: list[Any]) -> str:
-    return " to ".join("no end" if end is None else number(end) for end in ends)

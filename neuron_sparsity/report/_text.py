@@ -18,6 +18,7 @@ __all__ = [
     "count",
     "duration",
     "inert",
+    "interval",
     "join",
     "number",
     "percent",
@@ -94,6 +95,19 @@ def _visible_character(character: str) -> str:
     if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"} and character != "\u200d":
         return _number_of(character)
     return character
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Return an interval in words; one that the data do not close (None or infinite) has no end on that side.
+
+    Example:
+        >>> interval(0.25, 1.5), interval(0.25, None), interval(float("-inf"), 1.5)
+        ('0.250 to 1.50', '0.250 or more', '1.50 or less')
+    """
+    ends = [None if end is None or not math.isfinite(end) else number(end) for end in (low, high)]
+    if ends[0] is None:
+        return "any value" if ends[1] is None else f"{ends[1]} or less"
+    return f"{ends[0]} or more" if ends[1] is None else f"{ends[0]} to {ends[1]}"
 
 
 def visible_token(token: object) -> str:

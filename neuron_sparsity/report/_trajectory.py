@@ -10,7 +10,7 @@ import numpy as np
 from neuron_sparsity.laws import LawFit, fit_law
 from neuron_sparsity.report._charts import Axis, Chart, linear_axis
 from neuron_sparsity.report._fragments import figure, heat, note, pairs, table
-from neuron_sparsity.report._text import count, number, percent_of, plain, signed, target, visible
+from neuron_sparsity.report._text import count, interval, number, percent_of, plain, signed, target, visible
 
 if TYPE_CHECKING:
     from neuron_sparsity.trajectory import TrajectoryPoint, TrajectoryResult
@@ -81,20 +81,13 @@ def law_over_training(fit: LawFit | str) -> str:
     """Return the coefficients of the law with their intervals, or why there is none."""
     if isinstance(fit, str):
         return note(f"No law is fitted: {visible(fit)}.")
-    rows = [[name, number(float(getattr(fit, name))), _ends(low, high)] for name, (low, high) in fit.intervals.items()]
+    rows = [
+        [name, number(float(getattr(fit, name))), interval(low, high)] for name, (low, high) in fit.intervals.items()
+    ]
     caption = f"{fit.law} law, {fit.formula}, D in billions of tokens; {count(fit.n_points)} points"
     body = table(["coefficient", "value", "95 % interval"], rows, caption=caption)
     remarks = " ".join((fit.choice, *fit.warnings))
     return figure("The fitted law", body, visible(remarks))
-
-
-def _ends(low: float, high: float) -> str:
-    """Return an interval in words; one that the data do not close has no end on that side."""
-    if np.isfinite(low) and np.isfinite(high):
-        return f"{number(low)} to {number(high)}"
-    if np.isfinite(low):
-        return f"{number(low)} or more"
-    return f"{number(high)} or less" if np.isfinite(high) else "any value"
 
 
 def layers_over_training(result: TrajectoryResult) -> str:

@@ -87,10 +87,7 @@ def law_found(points: Sequence[StudyPoint], law: str) -> LawFound:
         later = {"drop_first": drop_first, "limit": again.limit, "limit_interval": list(again.limit_interval)}
     intervals = [fit.limit_interval, *([] if later is None else [again.limit_interval])]
     told = len(intervals) == 2 and all(limit_is_told(ends, float(np.ptp(ratios))) for ends in intervals)
-    drawn = {"places": places, "mean": curve.mean, "low": curve.low, "high": curve.high}
-    return LawFound(
-        law, fit.to_json(), "", told, later, **{name: tuple(map(float, values)) for name, values in drawn.items()}
-    )
+    return LawFound(law, fit.to_json(), "", told, later, tuple(map(float, places)), tuple(map(float, curve.mean)))
 
 
 def spreads(runs: Sequence[StudyRun]) -> tuple[Spread, ...]:
@@ -98,7 +95,7 @@ def spreads(runs: Sequence[StudyRun]) -> tuple[Spread, ...]:
     found: list[Spread] = []
     for key in dict.fromkeys((run.model, run.activation) for run in runs):
         same = [run for run in runs if (run.model, run.activation) == key]
-        last = [next((p for p in reversed(run.points) if p.phase == "stable"), None) for run in same]
+        last = [run.stable_end for run in same]
         for quantity in ("activation_ratio", "dead_ratio", "ppl_dense"):
             values = [getattr(point, quantity) for point in last if point is not None]
             known = [value for value in values if value is not None]

@@ -57,8 +57,6 @@ class LawFound:
         later: The fit without the first quarter: `drop_first`, `limit`, `limit_interval`; None if it cannot be made.
         places: Training tokens at which the curve is told.
         mean: The curve there.
-        low: Lower end of its 95 % band.
-        high: Upper end.
     """
 
     law: str
@@ -68,8 +66,6 @@ class LawFound:
     later: dict[str, Any] | None = None
     places: tuple[float, ...] = ()
     mean: tuple[float, ...] = ()
-    low: tuple[float, ...] = ()
-    high: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +111,13 @@ class StudyRun:
     def width_depth_ratio(self) -> float:
         """`d_model / n_layers`."""
         return self.shape["d_model"] / self.shape["n_layers"]
+
+    @property
+    def stable_end(self) -> StudyPoint | None:
+        """The checkpoint at the end of the stable phase; None if that is a gap."""
+        if self.end_ratio is None:
+            return None
+        return next(point for point in reversed(self.points) if point.phase == "stable")
 
     @property
     def limit(self) -> float | None:

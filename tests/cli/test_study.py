@@ -73,6 +73,7 @@ def test_a_study_from_a_file(cli: Callable[..., Any], file: Callable[..., Path],
     [
         (("--preset", "huge", "--out", "x"), "error: there is no preset 'huge'; choose one of paper-0.1b, "),
         ((), "error: name a folder with --out, or see what would be trained with --dry-run"),
+        (("--preset", "tiny", "--config", "mine.toml", "--dry-run"), "error: give --preset or --config, not both"),
         (("--config", "mine.yaml", "--dry-run"), "error: --config takes a .toml or .json file, got mine.yaml"),
         (("--config", "none.toml", "--dry-run"), "error: the configuration none.toml cannot be read"),
         (("--jobs", "0", "--out", "x"), "error: jobs must be at least 1, got 0"),

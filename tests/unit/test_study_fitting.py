@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -33,7 +34,6 @@ def test_each_activation_has_its_own_law(result: StudyResult) -> None:
         assert own.later["drop_first"] == 3
         assert own.later["limit"] == pytest.approx(run.limit, abs=0.02)
         assert len(own.places) == len(own.mean) == 60
-        assert np.all(np.array(own.low) <= np.array(own.high))
         assert own.places[0] == pytest.approx(min(p.tokens for p in run.points if p.phase == "stable"))
 
 
@@ -84,6 +84,16 @@ def test_seeds(result: StudyResult) -> None:
     assert {one.model for one in result.spreads} == {"m4.84"}
 
 
+def test_a_gap_at_the_end_of_the_stable_phase_is_not_filled_by_an_earlier_point(result: StudyResult) -> None:
+    last = result.runs[0].stable_end
+    assert last is not None
+    assert last.activation_ratio == result.runs[0].end_ratio
+    gone = dataclasses.replace(result.runs[0], end_ratio=None)
+    assert gone.stable_end is None
+    for one in fitting.spreads([gone, *result.runs[1:]]):
+        assert len(one.values) == (2 if one.activation == gone.activation else 3)
+
+
 def test_agreement_is_that_of_the_tokens(result: StudyResult) -> None:
     seeds = [one for one in result.agreements if one.kind == "seed"]
     scales = [one for one in result.agreements if one.kind == "scale"]
@@ -98,8 +108,8 @@ def test_agreement_is_that_of_the_tokens(result: StudyResult) -> None:
     assert drawn[0].correlation == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert drawn[0].pairs[0][0] == "t39"  # the most frequent first
     constant = Patterns(torch.zeros(1, 2), torch.zeros(40), torch.full((40,), 9), 360, "x")
-    (flat,) = fitting.agreements([result.runs[0]], {result.runs[0].name: constant}, None) or [None]
-    assert flat is None
+    flat = fitting._agreement("seed", "a", "b", {"a": constant, "b": constant}, None)
+    assert (flat.correlation, flat.n_entries) == (None, 40)
 
 
 def test_frequencies_are_counted(result: StudyResult) -> None:
