@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,11 +19,13 @@ from neuron_sparsity.saliency import SALIENCY_FILE, NeuronSaliency
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
 from neuron_sparsity.store import RunFolder, blaming, read_json
-from neuron_sparsity.study import StudyResult
 from neuron_sparsity.taxonomy import ATLAS_FILE, Atlas
-from neuron_sparsity.trajectory import TrajectoryResult
 from neuron_sparsity.truncation import TokenActivity
 from neuron_sparsity.typed import checked
+
+if TYPE_CHECKING:  # every command reads run folders, and few of them need the rooms of training
+    from neuron_sparsity.study import StudyResult
+    from neuron_sparsity.trajectory import TrajectoryResult
 
 __all__ = [
     "applied_results",
@@ -172,9 +174,9 @@ def render_trajectory(path: str | Path) -> TrajectoryResult:
     Raises:
         RunFolderError: If the folder holds no trajectory, the file is damaged, or the page cannot be written.
     """
-    found = TrajectoryResult.load(RunFolder(path).path)
-    with blaming(Path(path), "cannot be rendered", "if trajectory.json was edited, delete it and run `track` again"):
-        trajectory_report(found).save(Path(path) / "report.html")
+    from neuron_sparsity.trajectory.result import TRAJECTORY_FILE, TrajectoryResult
+
+    found: TrajectoryResult = _rendered(path, TrajectoryResult, trajectory_report, TRAJECTORY_FILE, "track")
     return found
 
 
@@ -184,7 +186,14 @@ def render_study(path: str | Path) -> StudyResult:
     Raises:
         RunFolderError: If the folder holds no study, the file is damaged, or the page cannot be written.
     """
-    found = StudyResult.load(RunFolder(path).path)
-    with blaming(Path(path), "cannot be rendered", "if study.json was edited, delete it and run `study` again"):
-        study_report(found).save(Path(path) / "report.html")
+    from neuron_sparsity.study.result import STUDY_FILE, StudyResult
+
+    found: StudyResult = _rendered(path, StudyResult, study_report, STUDY_FILE, "study")
+    return found
+
+
+def _rendered(path: str | Path, kind: Any, page_of: Callable[[Any], Report], file: str, command: str) -> Any:
+    found = kind.load(RunFolder(path).path)
+    with blaming(Path(path), "cannot be rendered", f"if {file} was edited, delete it and run `{command}` again"):
+        page_of(found).save(Path(path) / "report.html")
     return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.interval import Estimate
@@ -12,8 +12,10 @@ from neuron_sparsity.pareto import ParetoResult, RuleAnswer
 from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
-from neuron_sparsity.study import StudyResult
-from neuron_sparsity.trajectory import TrajectoryResult
+
+if TYPE_CHECKING:
+    from neuron_sparsity.study import StudyResult
+    from neuron_sparsity.trajectory import TrajectoryResult
 
 __all__ = ["law_lines", "pareto_lines", "side_by_side", "study_lines", "summary_lines", "trajectory_lines"]
 
