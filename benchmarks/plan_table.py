@@ -6,16 +6,14 @@ python -m benchmarks.plan_table --write    puts it into docs/scale.md
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
+from benchmarks.pages import DOCS, command
 from neuron_sparsity.blueprint import draw
 from neuron_sparsity.commands import size_text
 from neuron_sparsity.plan import Plan, plan_for
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
-BEGIN, END = "<!-- plan table: begin -->", "<!-- plan table: end -->"
+PAGE, NAME = DOCS / "scale.md", "plan table"
 SETTING = {"n_tokens": 1 << 20, "n_ctx": 512, "batch_size": 4, "dtype": "bfloat16", "device": "cuda"}
 
 LLAMA_3 = {"model_type": "llama", "vocab_size": 128_256, "max_position_embeddings": 131_072, "num_key_value_heads": 8}
@@ -72,20 +70,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def in_page(page: str) -> str:
-    """Return the table that a page holds now."""
-    return page.split(BEGIN)[1].split(END)[0].strip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    made = table()
-    if parser.parse_args().write:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(page.replace(in_page(page), made), encoding="utf-8")
-    print(made)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, PAGE, NAME, table)

@@ -6,15 +6,12 @@ python -m benchmarks.rankings_table --write    puts it into docs/results/ablatio
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import pandas as pd
 
 from benchmarks.harness import RESULTS
+from benchmarks.pages import DOCS, command
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "results" / "ablation.md"
-BEGIN, END = "<!-- rankings table: begin -->", "<!-- rankings table: end -->"
+PAGE, NAME = DOCS / "results" / "ablation.md", "rankings table"
 
 
 def table() -> str:
@@ -45,20 +42,5 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def in_page(page: str) -> str:
-    """Return the table that a page holds now."""
-    return page.split(BEGIN)[1].split(END)[0].strip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true")
-    made = table()
-    if parser.parse_args().write:
-        page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(page.replace(in_page(page), made), encoding="utf-8")
-    print(made)
-
-
 if __name__ == "__main__":
-    main()
+    command(__doc__, PAGE, NAME, table)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from benchmarks import memory, plan_table
+from benchmarks import memory, pages, plan_table
 from neuron_sparsity.adapter import attach
 from neuron_sparsity.blueprint import draw
 from neuron_sparsity.footprint import Footprint
@@ -115,9 +115,9 @@ def test_times_are_those_of_the_page_that_is_named(step: str, page: str, pattern
     assert page in steps[step].source
 
 
-def test_table_in_the_documentation_is_what_is_computed(repository: Path) -> None:
-    page = (repository / "docs" / "scale.md").read_text(encoding="utf-8")
-    assert plan_table.in_page(page) == plan_table.table(), "python -m benchmarks.plan_table --write"
+def test_table_in_the_documentation_is_what_is_computed() -> None:
+    shown = pages.shown(plan_table.PAGE.read_text(encoding="utf-8"), plan_table.NAME)
+    assert shown == plan_table.table(), "python -m benchmarks.plan_table --write"
 
 
 def test_published_shapes_have_their_published_parameters() -> None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from benchmarks import rankings_table
+from benchmarks import pages, rankings_table
 
 
-def test_table_in_the_documentation_is_that_of_the_rows(repository: Path) -> None:
-    page = (repository / "docs" / "results" / "ablation.md").read_text(encoding="utf-8")
-    shown = rankings_table.in_page(page)
+def test_table_in_the_documentation_is_that_of_the_rows() -> None:
+    shown = pages.shown(rankings_table.PAGE.read_text(encoding="utf-8"), rankings_table.NAME)
     assert shown == rankings_table.table(), "python -m benchmarks.rankings_table --write"
     assert shown.count("\n") > 8
