@@ -13,6 +13,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -32,6 +33,7 @@ from neuron_sparsity.run_results import render
 from neuron_sparsity.store import read_json, read_tensors
 from neuron_sparsity.trajectory import track
 
+REPOSITORY = Path(__file__).parents[2]
 OPERATIONS = ("open", "os.rename", "os.remove", "os.chmod", "os.mkdir")
 FILES = {
     "record": ("run.json", "windows.safetensors", "statistics.safetensors"),
@@ -46,6 +48,21 @@ FILES = {
     ),
     "track": ("run.json", "windows.safetensors", "trajectory.json"),
 }
+
+
+def said_by(module: str, *arguments: object) -> str:
+    """Run a module like this one in a process of one thread, which may fork, and return its line."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def take_steps(run: Run, what: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from neuron_sparsity.study import RunPlan, StudyResult, grid, training
 from neuron_sparsity.study.measuring import patterns
 from neuron_sparsity.study.text import prepare
 from neuron_sparsity.trajectory import TrajectoryResult
+from tests.integration.killing import said_by
 from tests.studies import a_config, a_text, run
 
 pytest.importorskip("accelerate")
@@ -227,20 +227,9 @@ def test_two_processes_train_together(done: tuple[Path, StudyResult], text: Path
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="every attempt is a fork")
-def test_killed_studies_end_with_the_same_bits(
-    done: tuple[Path, StudyResult], text: Path, tmp_path: Path, repository: Path
-) -> None:
-    killed = subprocess.run(
-        [sys.executable, "-m", "tests.integration.study_killing", str(text), str(tmp_path / "killed"), "6"],
-        cwd=repository,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert killed.returncode == 0, killed.stderr
-    assert re.fullmatch(r"finished after 6 deaths\n", killed.stdout), killed.stdout
+def test_killed_studies_end_with_the_same_bits(done: tuple[Path, StudyResult], text: Path, tmp_path: Path) -> None:
+    said = said_by("tests.integration.study_killing", text, tmp_path / "killed", 6)
+    assert said == "finished after 6 deaths\n"
     found = StudyResult.load(tmp_path / "killed")
     assert [vars(one) for one in found.runs] == [vars(one) for one in done[1].runs]
     assert found.agreements == done[1].agreements
