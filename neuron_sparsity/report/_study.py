@@ -292,7 +292,7 @@ def _error(law: LawFound) -> float:
 
 def _law_cells(law: LawFound) -> list[str]:
     if law.fit is None:
-        return ["", "", "", "", "", "", "", visible(law.problem)]
+        return ["cannot be fitted", "", "", "", "", "", "", visible(law.problem)]
     fit = law.fit
     numbers = [f"{number(fit[name])} ({interval(*fit['intervals'][name])})" for name in ("alpha", "c", "A_0")]
     errors = [number(fit["r2"]), number(math.sqrt(fit["mse"]))]

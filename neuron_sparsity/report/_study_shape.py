@@ -41,7 +41,8 @@ def over_shape(result: StudyResult, kind: str, activation: str) -> str:
     stands = (
         ""
         if found.quantity == "limit"
-        else "The data do not identify the limit of every run, so this is the ratio at the end of the stable phase. "
+        else "The data do not identify the limit of every run, so this is the ratio at the end of the stable phase "
+        "in the place of the limit. "
     )
     return figure(title, chart.svg(), stands + _told(found))
 

@@ -70,13 +70,14 @@ def test_the_page_says_where_no_limit_is_told() -> None:
     said = html.unescape(study_report(a_result(few=True, told=False)).html)
     assert "identify its limit, with and without the first quarter of the points, on 0" in said
     assert "limits of the other runs are not told by these data" in said
-    assert "so this is the ratio at the end of the stable phase" in said
+    assert "so this is the ratio at the end of the stable phase in the place of the limit" in said
     assert "The data do not identify the limit: every A_0 from" in said
 
 
 def test_a_law_that_cannot_be_fitted_says_why(result: StudyResult) -> None:
     said = html.unescape(study_report(result).html)
     assert "the silu law can only rise with tokens" in said
+    assert "<td>cannot be fitted</td>" in said
 
 
 def test_unfinished_studies_have_a_page(result: StudyResult) -> None:
