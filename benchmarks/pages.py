@@ -11,7 +11,18 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 def shown(page: str, name: str) -> str:
     """Return the table of this name that the text of a page holds now."""
-    return page.split(f"<!-- {name}: begin -->")[1].split(f"<!-- {name}: end -->")[0].strip()
+    return page[slice(*_place(page, name))].strip()
+
+
+def renewed(page: str, name: str, table: str) -> str:
+    """Return the text of a page with another table between the two comments, and nothing else changed."""
+    start, end = _place(page, name)
+    return f"{page[:start]}\n\n{table}\n\n{page[end:]}"
+
+
+def _place(page: str, name: str) -> tuple[int, int]:
+    before, after = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    return page.index(before) + len(before), page.index(after)
 
 
 def command(doc: str | None, page: Path, name: str, table: Callable[[], str]) -> None:
@@ -21,5 +32,5 @@ def command(doc: str | None, page: Path, name: str, table: Callable[[], str]) ->
     given, made = parser.parse_args(), table()
     if given.write:
         text = page.read_text(encoding="utf-8")
-        page.write_text(text.replace(shown(text, name), made), encoding="utf-8")
+        page.write_text(renewed(text, name, made), encoding="utf-8")
     print(made)
