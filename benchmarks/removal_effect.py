@@ -2,9 +2,10 @@
 
 `--neurons` neurons at random over the whole model, and as many of those that are predicted to matter most (half of
 `--most` the largest predicted rises, half the largest falls), each replaced alone on every token: one pass a neuron, on
-the tokens that the gradients were taken on. Beside the first-order prediction, which the report page shows, stands one
-that adds half the empirical Fisher information. One row a group, replacement and prediction: rank correlation, share
-of neurons whose sign is right, slope through zero, and the error as a share of the spread of what was measured.
+the tokens that the gradients were taken on. Three predictions: the first-order term, half the empirical Fisher
+information of the change (Theis et al. 2018, arXiv:1801.05787), and their sum. One row a group, replacement and
+prediction: rank correlation, share of neurons whose sign is right, slope through zero, and the error as a share of the
+spread of what was measured.
 
     python -m benchmarks.removal_effect --model demo-relu --tokens 4096 --neurons 200 --most 40 --save
 """
@@ -43,22 +44,21 @@ def main() -> None:
     dense = token_losses(adapter, windows).double()
     for replacement in given.replacements.split(","):
         constant = gradients.mean_activation if replacement == "mean" else 0.0
-        first = gradients.predicted_rise(constant).flatten()
-        second = first + 0.5 * gradients.fisher(constant).flatten() * gradients.n_tokens / gradients.n_scored
+        first, both = (gradients.predicted_rise(constant, order=order).flatten() for order in (1, 2))
         replacer = Replacer(adapter, replacement, means=gradients.mean_activation if replacement == "mean" else None)
-        for group, neurons in chosen(given, first).items():
+        for group, neurons in chosen(given, both).items():
             measured = np.array([rise(adapter, windows, replacer, dense, int(neuron)) for neuron in neurons])
-            for prediction, values in (("first order", first), ("with half the Fisher information", second)):
+            for prediction, values in {"first": first, "fisher": both - first, "first+fisher": both}.items():
                 row: dict[str, Any] = {"model": given.model, "corpus": windows.name, "n_tokens": windows.n_tokens}
                 row |= {"replacement": replacement, "group": group, "neurons": len(neurons), "prediction": prediction}
                 write_row("removal_effect", row | compared(values[neurons].numpy(), measured), save=given.save)
 
 
-def chosen(given: argparse.Namespace, first: torch.Tensor) -> dict[str, torch.Tensor]:
+def chosen(given: argparse.Namespace, predicted: torch.Tensor) -> dict[str, torch.Tensor]:
     """The neurons of each group, as places in the flattened model."""
     generator = torch.Generator().manual_seed(given.seed)
-    order = first.argsort()
-    groups = {"random": torch.randperm(len(first), generator=generator)[: given.neurons]}
+    order = predicted.argsort()
+    groups = {"random": torch.randperm(len(predicted), generator=generator)[: given.neurons]}
     if given.most >= 2:
         groups["most"] = torch.cat([order[: given.most // 2], order[-(given.most // 2) :]])
     return groups
