@@ -161,7 +161,8 @@ def test_a_process_that_is_gone_ends_the_others(file: Path, one: list[dict[str, 
     assert "Signal 9 (SIGKILL)" in errors  # torchrun's own words
     left = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert all(
-        line.startswith("error: rank 0 of 2: another process of this training is gone") and line.endswith("goes on")
+        line.startswith("error: rank 0 of 2: another process of this training is gone")
+        and line.endswith("the same command goes on from the last checkpoint")
         for line in left
     ), errors
     # What the second process had no time to write to its end is not needed.
