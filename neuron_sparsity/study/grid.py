@@ -72,8 +72,9 @@ def study(
     Raises:
         CorpusError: If the text cannot be read or is too short.
         MeasurementError: If a run fails.
-        RunFolderError: If the folder cannot be written or holds another study.
-        ValueError: If `only` names no run, or `jobs` is less than 1.
+        RankError: If another of the processes that a launcher started is gone.
+        RunFolderError: If the folder cannot be written, holds another study, or another process works in it.
+        ValueError: If `only` names no run, `jobs` is less than 1, or more than 1 under a launcher of several processes.
 
     Example:
         >>> from neuron_sparsity.study import load_config, study

@@ -234,6 +234,8 @@ def test_a_folder_that_another_process_works_in(
 ) -> None:
     pytest.importorskip("fcntl")
     monkeypatch.setattr(alone_module, "_PATIENCE_SECONDS", 0.2)
+    with pytest.raises(CorpusError, match="no file and no built-in text"):
+        run(a_config(tmp_path / "none.txt"), tmp_path / "out")
     with (
         alone(tmp_path / "out" / "text", "the text"),
         pytest.raises(RunFolderError, match=r"the text in .* is held by"),
