@@ -241,11 +241,13 @@ def test_a_folder_that_another_process_works_in(
         pytest.raises(RunFolderError, match=r"the text in .* is held by"),
     ):
         run(a_config(text), tmp_path / "out")
-    shutil.copytree(done[0] / "text", tmp_path / "out" / "text", dirs_exist_ok=True)
+    begun = tmp_path / "begun"
+    shutil.copytree(done[0], begun)
+    shutil.rmtree(begun / "runs")
     held = rf"run b-relu-0 in .* is held by another process \(process {os.getpid()} on .*\); let it end"
-    with alone(tmp_path / "out" / "runs" / "b-relu-0", "run b"), pytest.raises(RunFolderError, match=held):
-        run(a_config(text), tmp_path / "out")
-    assert not (tmp_path / "out" / "runs" / "a-relu-0" / "checkpoints").exists()
+    with alone(begun / "runs" / "b-relu-0", "run b"), pytest.raises(RunFolderError, match=held):
+        run(a_config(text), begun)
+    assert not (begun / "runs" / "a-relu-0" / "checkpoints").exists()
     shutil.copytree(done[0], tmp_path / "done")
     with alone(tmp_path / "done" / "runs" / "b-relu-0", "run b"):
         assert run(a_config(text), tmp_path / "done").complete  # nothing is left to do there
