@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Assets", "View", "assets"]
 
-_CONNECT = "window.neuronSparsity && window.neuronSparsity();"
+_CONNECT = """document.querySelectorAll(".ns-view .drawing").forEach((drawing) => drawing.removeAttribute("hidden"));
+window.neuronSparsity && window.neuronSparsity();"""
 _UNPACK = """(async () => {
   if (window.CircuitsVis) return;
   const packed = Uint8Array.from(atob("%s"), (character) => character.charCodeAt(0));
@@ -41,7 +42,19 @@ _UNPACK = """(async () => {
   document.head.append(script);
   window.neuronSparsity();
 })();"""
-_RESET = "dt, dd { float: none; width: auto; padding: 0; }"  # Jupyter floats them
+_RESET = """&.ns-view :is(dt, dd) { float: none; width: auto; padding: 0; } /* Jupyter floats them, and stripes tables */
+&.ns-view tbody tr:nth-child(n) { background: none; }
+&[data-theme] > .plain { display: none; }
+&[data-theme] .drawing { display: contents; }"""
+_NO_MATH = "tex2jax_ignore mathjax_ignore"  # JupyterLab typesets what stands between two dollars
+# What a host that trusts nothing lets through has no style sheet, no scripts, no data attributes, and of a drawing its
+# labels only, run together: they stay hidden, and what to do is said.
+_PLAIN = (
+    '<p class="plain">Without its style sheet, scripts and curves, because the notebook is not trusted here. If you '
+    "trust it, say so (JupyterLab: Trust Notebook in the command palette; VS Code: trust the folder), or run its "
+    "cells. If it is trusted, <code>ns.viz.assets()</code> in a cell of its own mends this.</p>"
+)
+_DRAWING = re.compile(r"<svg\b.*?</svg>", re.DOTALL)
 _FIGURES = ("svg", "png", "pdf")
 
 
@@ -115,8 +128,9 @@ class View:
     def _repr_html_(self) -> str:
         """Return the view for a notebook, with what its page does not have yet."""
         carried = _PAGE.carried(bundle="data-widget=" in self.fragment)
-        shape = Markup('{}<div class="ns-view" data-theme="auto">{}</div><script>{}</script>')
-        return str(shape.format(Markup(carried), self._body(), Markup(_CONNECT)))
+        body = _DRAWING.sub(lambda drawing: f'<span class="drawing" hidden>{drawing[0]}</span>', self._body())
+        shape = Markup('{}<div class="ns-view {}" data-theme="auto">{}{}</div><script>{}</script>')
+        return str(shape.format(Markup(carried), _NO_MATH, Markup(_PLAIN), Markup(body), Markup(_CONNECT)))
 
 
 @dataclass(frozen=True)
@@ -174,7 +188,7 @@ def _scripts(*, bundle: bool) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _base() -> str:
-    return f"<style>{_scoped(_style())}</style><script>{views.scripts()[1]}</script>"
+    return f'<style class="ns-style">{_scoped(_style())}</style><script>{views.scripts()[1]}</script>'
 
 
 @lru_cache(maxsize=1)
