@@ -42,7 +42,8 @@ _UNPACK = """(async () => {
   document.head.append(script);
   window.neuronSparsity();
 })();"""
-_RESET = """&.ns-view :is(dt, dd) { float: none; width: auto; padding: 0; } /* Jupyter floats them, and stripes tables */
+# Jupyter floats lists of terms and stripes tables.
+_RESET = """&.ns-view :is(dt, dd) { float: none; width: auto; padding: 0; }
 &.ns-view tbody tr:nth-child(n) { background: none; }
 &[data-theme] > .plain { display: none; }
 &[data-theme] .drawing { display: contents; }"""
@@ -122,15 +123,15 @@ class View:
 
     def _body(self) -> Markup:
         layout = "display:grid;grid-template-columns:minmax(0,1fr);gap:.8rem"
-        shape = Markup('<div class="fragment" style="{}"><p class="measured">{}</p>{}</div>')
-        return shape.format(layout, visible(self.measured), Markup(self.fragment))
+        shape = Markup('<div class="fragment {}" style="{}"><p class="measured">{}</p>{}</div>')
+        return shape.format(_NO_MATH, layout, visible(self.measured), Markup(self.fragment))
 
     def _repr_html_(self) -> str:
         """Return the view for a notebook, with what its page does not have yet."""
         carried = _PAGE.carried(bundle="data-widget=" in self.fragment)
         body = _DRAWING.sub(lambda drawing: f'<span class="drawing" hidden>{drawing[0]}</span>', self._body())
-        shape = Markup('{}<div class="ns-view {}" data-theme="auto">{}{}</div><script>{}</script>')
-        return str(shape.format(Markup(carried), _NO_MATH, Markup(_PLAIN), Markup(body), Markup(_CONNECT)))
+        shape = Markup('{}<div class="ns-view" data-theme="auto">{}{}</div><script>{}</script>')
+        return str(shape.format(Markup(carried), Markup(_PLAIN), Markup(body), Markup(_CONNECT)))
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _scripts(*, bundle: bool) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _base() -> str:
-    return f'<style class="ns-style">{_scoped(_style())}</style><script>{views.scripts()[1]}</script>'
+    return f"<style>{_scoped(_style())}</style><script>{views.scripts()[1]}</script>"
 
 
 @lru_cache(maxsize=1)

@@ -46,12 +46,17 @@ HOSTS = {
 SANITIZE = """(html) => {
     const output = document.createElement("div");
     output.innerHTML = html;
-    output.querySelectorAll("script, style, svg").forEach((element) => element.remove());
+    output.querySelectorAll("script, style").forEach((element) => element.remove());
+    output.querySelectorAll("svg").forEach((element) => element.replaceWith(element.textContent)); // text stays
     output.querySelectorAll("*").forEach((element) => {
-        for (const { name } of [...element.attributes]) if (/^(data|aria)-|^role$/.test(name)) element.removeAttribute(name);
+        const gone = [...element.attributes].filter(({ name }) => /^(data|aria)-|^role$/.test(name));
+        gone.forEach(({ name }) => element.removeAttribute(name));
     });
     document.body.append(output);
 }"""
+STYLE_SHEETS = (
+    "[...document.querySelectorAll('style')].filter((style) => style.textContent.includes('.ns-view')).length"
+)
 ROUND = "10px"  # the corner of a figure, as the style sheet has it
 
 
@@ -106,7 +111,7 @@ def test_two_notebooks_in_one_page_share_what_they_bring(host: Any, monkeypatch:
     put(host, one=one, other=other)
     drawn(host, "one")
     drawn(host, "other")
-    assert host.locator("style.ns-style").count() == 1
+    assert host.evaluate(STYLE_SHEETS) == 1
     host.evaluate("document.querySelector('#one').remove()")
     assert corner(host, "other") == ROUND
     host.locator("#other").get_by_role("button", name="second").click()
@@ -117,7 +122,9 @@ def test_two_notebooks_in_one_page_share_what_they_bring(host: Any, monkeypatch:
 
 def test_an_output_that_was_away_while_the_bundle_came_is_drawn_when_it_returns(host: Any) -> None:
     html = text()._repr_html_()
-    host.evaluate("(html) => { put('away', html); window.away = document.querySelector('#away'); away.remove(); }", html)
+    host.evaluate(
+        "(html) => { put('away', html); window.away = document.querySelector('#away'); away.remove(); }", html
+    )
     host.wait_for_function("window.CircuitsVis")
     host.evaluate("document.body.append(away)")
     drawn(host, "away")
@@ -139,36 +146,41 @@ def test_an_output_comes_back_as_it_left(host: Any, run: Any) -> None:
     assert "layer 0, neuron" in host.locator("#map .readout").first.inner_text()
 
 
-@pytest.mark.parametrize(
-    ("said", "theme"),
-    [
-        ("document.body.dataset.jpThemeLight = 'true'", "light"),
-        ("document.body.dataset.jpThemeLight = 'false'", "dark"),
-        ("document.body.className = 'vscode-light'", "light"),
+def test_views_follow_the_theme_of_their_host(host: Any) -> None:
+    themes = [
         ("document.body.className = 'vscode-dark'", "dark"),
+        ("document.body.className = 'vscode-light'", "light"),
         ("document.body.className = 'vscode-high-contrast'", "dark"),
         ("document.body.className = 'vscode-high-contrast vscode-high-contrast-light'", "light"),
-    ],
-)
-def test_views_follow_the_theme_of_their_host(host: Any, said: str, theme: str) -> None:
-    other = {"light": "dark", "dark": "light"}[theme]
-    host.evaluate(f"document.body.className = 'vscode-{other}'")
-    put(host, view=text()._repr_html_())
+        ("document.body.dataset.jpThemeLight = 'false'", "dark"),
+        ("document.body.dataset.jpThemeLight = 'true'", "light"),
+    ]
+    host.evaluate(themes[0][0])
+    put(host, view=viz.histogram([1.0, 2.0, 2.5], quantity="a value", measured="three numbers")._repr_html_())
     view = host.locator("#view .ns-view")
-    assert view.get_attribute("data-theme") == other
-    before = view.evaluate("(view) => getComputedStyle(view).color")
-    host.evaluate(said)
-    host.wait_for_function("(theme) => document.querySelector('.ns-view').dataset.theme === theme", arg=theme)
-    assert view.evaluate("(view) => getComputedStyle(view).color") != before
+    inks = {"light": "rgb(28, 33, 38)", "dark": "rgb(230, 232, 234)"}
+    for said, theme in themes:
+        host.evaluate(said)
+        host.wait_for_function("(theme) => document.querySelector('.ns-view').dataset.theme === theme", arg=theme)
+        assert view.evaluate("(view) => getComputedStyle(view).color") == inks[theme]
+
+
+def test_drawings_stand_in_their_line(host: Any, run: Any) -> None:
+    put(host, view=viz.cett_curves(run.result)._repr_html_())
+    assert host.locator("#view svg.chart").bounding_box()["width"] > 500
+    assert host.locator("#view svg.chart text").first.is_visible()
 
 
 def test_a_notebook_that_is_not_trusted_stands_beside_one_that_is(host: Any, run: Any) -> None:
-    views = [text("untrusted"), viz.layer_map(run.stats, run.result)]
+    views = [text("untrusted"), viz.cett_curves(run.result)]
     for html in [view._repr_html_() for view in views]:
         host.evaluate(SANITIZE, html)
     hints = host.locator(".plain")
     assert [hints.nth(place).is_visible() for place in range(2)] == [True, True]
     assert "·b" in host.locator(".widget").first.inner_text(), "the text is there"
+    said = host.locator(".ns-view").nth(1).inner_text()
+    assert "CETT of each layer" in said
+    assert "activation ratio of the layer" not in said, "nor are the labels of a drawing that is not"
     put(host, trusted=viz.assets()._repr_html_() + text()._repr_html_())
     drawn(host, "trusted")
     hint = host.locator("#trusted .plain")

@@ -108,10 +108,10 @@
     element.dataset.connected = "yes";
     return true;
   });
-  // The output that brought the style sheet may be cleared while views of other outputs stay.
-  const keepStyle = () => document.querySelectorAll("body style.ns-style").forEach((style) => {
-    const kept = [...document.head.querySelectorAll("style.ns-style")];
-    if (kept.some((other) => other.textContent === style.textContent)) style.remove();
+  // The output that brought the style sheet may be cleared while views of other outputs stay: the document keeps it.
+  const styles = (root) => [...root.querySelectorAll("style")].filter((style) => style.textContent.startsWith(".ns-view {"));
+  const keepStyle = () => styles(document.body).forEach((style) => {
+    if (styles(document.head).some((kept) => kept.textContent === style.textContent)) style.remove();
     else document.head.append(style);
   });
   const hostTheme = () => {
@@ -131,7 +131,7 @@
     dress();
   };
   window.neuronSparsity();
-  if (!document.querySelector("style.ns-style")) return; // no notebook
+  if (!styles(document).length) return; // no notebook
   // Notebooks take outputs out of the document and put them back, and change theme, without a script being run again.
   const isView = (node) => node.nodeType === Node.ELEMENT_NODE && (node.matches(".ns-view") || node.querySelector(".ns-view"));
   new MutationObserver((changes) => {
