@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Assets", "View", "assets"]
 
-_CONNECT = """document.querySelectorAll(".ns-view .drawing").forEach((drawing) => drawing.removeAttribute("hidden"));
+_CONNECT = """document.querySelectorAll(".ns-view .drawing").forEach((drawing) => drawing.removeAttribute("style"));
 window.neuronSparsity && window.neuronSparsity();"""
 _UNPACK = """(async () => {
   if (window.CircuitsVis) return;
@@ -46,7 +46,7 @@ _UNPACK = """(async () => {
 _RESET = """&.ns-view :is(dt, dd) { float: none; width: auto; padding: 0; }
 &.ns-view tbody tr:nth-child(n) { background: none; }
 &[data-theme] > .plain { display: none; }
-&[data-theme] .drawing { display: contents; }"""
+&[data-theme] .drawing { display: contents !important; }"""
 _NO_MATH = "tex2jax_ignore mathjax_ignore"  # JupyterLab typesets what stands between two dollars
 # What a host that trusts nothing lets through has no style sheet, no scripts, no data attributes, and of a drawing its
 # labels only, run together: they stay hidden, and what to do is said.
@@ -122,14 +122,14 @@ class View:
         return str(shape.format(policy, visible(self.title), Markup(_style()), self._body(), scripts))
 
     def _body(self) -> Markup:
-        layout = "display:grid;grid-template-columns:minmax(0,1fr);gap:.8rem"
+        layout = "display:grid;grid-template-columns:minmax(0,1fr);gap:.8rem;overflow-wrap:break-word"
         shape = Markup('<div class="fragment {}" style="{}"><p class="measured">{}</p>{}</div>')
         return shape.format(_NO_MATH, layout, visible(self.measured), Markup(self.fragment))
 
     def _repr_html_(self) -> str:
         """Return the view for a notebook, with what its page does not have yet."""
         carried = _PAGE.carried(bundle="data-widget=" in self.fragment)
-        body = _DRAWING.sub(lambda drawing: f'<span class="drawing" hidden>{drawing[0]}</span>', self._body())
+        body = _DRAWING.sub(r'<span class="drawing" style="display:none">\g<0></span>', str(self._body()))
         shape = Markup('{}<div class="ns-view" data-theme="auto">{}{}</div><script>{}</script>')
         return str(shape.format(Markup(carried), Markup(_PLAIN), Markup(body), Markup(_CONNECT)))
 
