@@ -2,8 +2,9 @@
 
 Rankings are made on `--ranking-tokens` of the text; of the rest, which shares nothing with them, two thirds are
 searched and one third confirms. One row for each ranking, replacement and p. The control is as many random neurons of
-every layer, replaced alike. `refined` rankings are scored anew after each share of the neurons (`ns.refine`). Gradients
-are kept in the folder `--keep`, and taken up from there.
+every layer, replaced alike. `refined` rankings are scored anew after each share of the neurons (`ns.refine`).
+Activation frequency is counted under the thresholds of CETT-PPL-1% on the text of the ranking. Gradients are kept in
+the folder `--keep`, and taken up from there.
 
     python -m benchmarks.rankings --p 1 --p 5 --save
     python -m benchmarks.rankings --text wiki.txt --rankings fisher,fisher_mean --refine 3000
@@ -29,14 +30,14 @@ from neuron_sparsity.saliency import SALIENCY_FILE
 def options() -> argparse.Namespace:
     made = parser(__doc__)
     made.set_defaults(tokens=12_288)
-    names = [name for name in RANKINGS if name != "activation_frequency"]  # it would need a search for thresholds first
     made.add_argument("--ranking-tokens", type=int, default=8192)
-    made.add_argument("--rankings", default=",".join(names), help="names, with commas")
+    made.add_argument("--rankings", default=",".join(RANKINGS), help="names, with commas")
     made.add_argument("--replacements", default="zero,mean")
     made.add_argument("--scope", default="model")
     made.add_argument("--p", type=float, action="append", help="default: 1 and 5")
     made.add_argument("--controls", type=int, default=3)
     made.add_argument("--refine", type=int, default=0, help="also refine the gradient rankings to this many neurons")
+    made.add_argument("--only-refined", action="store_true", help="with --refine: leave out the rankings as they were")
     made.add_argument("--rounds", type=int, default=4)
     made.add_argument("--keep", type=Path, help="folder for gradients")
     return made.parse_args()
@@ -44,10 +45,15 @@ def options() -> argparse.Namespace:
 
 def rankings(given: argparse.Namespace, adapter: MLPAdapter, windows: Windows) -> Iterator[tuple[ns.Ranking, str]]:
     """Yield each ranking with the replacement it is to be tried with."""
-    stats, gradients = ns.record(adapter, windows), gradients_on(adapter, windows, given.keep)
+    names, thresholds = given.rankings.split(","), None
+    if "activation_frequency" in names:
+        thresholds = {"CETT-PPL-1%": ns.cett_ppl_sparsity(adapter, windows, p_percent=1.0).thresholds}
+    stats = ns.record(adapter, windows, thresholds=thresholds)
+    gradients = gradients_on(adapter, windows, given.keep)
     for replacement in given.replacements.split(","):
-        for by in given.rankings.split(","):
-            yield ns.rank(stats, by=by, saliency=gradients, scope=given.scope), replacement
+        for by in names:
+            if not given.only_refined:
+                yield ns.rank(stats, by=by, saliency=gradients, scope=given.scope), replacement
             if given.refine and RANKINGS[by].needs == "saliency":
                 refining = {"n_remove": given.refine, "n_rounds": given.rounds, "scope": given.scope}
                 yield ns.refine(adapter, windows, gradients, by=by, replacement=replacement, **refining), replacement

@@ -55,6 +55,7 @@ from neuron_sparsity.options import (
     Ps,
     Quiet,
     RankingTokens,
+    Refine,
     RemoteCode,
     Replacement,
     Rules,
@@ -64,6 +65,7 @@ from neuron_sparsity.options import (
     Tokens,
     WithAtlas,
     check_question,
+    check_refine,
     check_rules,
 )
 from neuron_sparsity.parallel import launched
@@ -214,6 +216,7 @@ def ablate(
     tokens: Tokens = DEFAULT_TOKENS,
     out: Out = None,
     ranking: By = None,
+    refine: Refine = 0,
     replacement: Replacement = "mean",
     ranking_tokens: RankingTokens = DEFAULT_RANKING_TOKENS,
     scope: Scope = "model",
@@ -237,12 +240,13 @@ def ablate(
     percents = p or [1.0]
     for percent in percents:
         check_question(percent, ranking, replacement, scope)
+    check_refine(refine, ranking, replacement)
     if controls < 0:
         raise ValueError(f"--controls must be at least 0, got {controls}")
     with open_run(model, text, tokens, out, locals(), heldout=True) as run:
         result = run.sparsity(percents[0]) if ranking == "activation_frequency" else None
         stats = run.record(result)
-        question = {"ranking": ranking, "replacement": replacement, "scope": scope, "seed": seed}
+        question = {"ranking": ranking, "refine": refine, "replacement": replacement, "scope": scope, "seed": seed}
         found = run.ablations(stats, p_percents=percents, n_controls=controls, **question)  # type: ignore[arg-type]
         beside = run.known_sparsity()
     conclude(run.folder.path, None, None, found[0], found[1:], beside=beside, quiet=quiet, as_json=as_json)

@@ -26,7 +26,7 @@ from neuron_sparsity.replacement import Replacer
 from neuron_sparsity.saliency import NeuronSaliency, measure_gradients, saliency
 from neuron_sparsity.scores import DEFAULT_RANKING, RANKINGS
 
-__all__ = ["refine"]
+__all__ = ["refine", "refined_name"]
 
 REPLACEMENTS = ("zero", "mean")
 
@@ -108,8 +108,20 @@ def refine(
     order = torch.cat([*chosen, rest])
     places = torch.empty(means.shape, dtype=torch.float64)
     places[order[:, 0], order[:, 1]] = torch.arange(n_neurons, dtype=torch.float64)
-    name = f"{by} refined to {n_remove} in {n_rounds} ({replacement})"
+    name = refined_name(by, n_remove, n_rounds, replacement=replacement, scope=scope)
     return Ranking(name, "model", places, means, adapter.info, first.corpus)
+
+
+def refined_name(
+    by: str, n_remove: int, n_rounds: int = 4, *, replacement: str = "zero", scope: Literal["model", "layer"] = "model"
+) -> str:
+    """Return the name that `refine` gives to its ranking: what it was made by, which an `AblationResult` keeps.
+
+    Example:
+        >>> refined_name("fisher_mean", 3000, replacement="mean")
+        'fisher_mean refined to 3000 in 4 (mean)'
+    """
+    return f"{by} refined to {n_remove} in {n_rounds} ({replacement}{', by layer' if scope == 'layer' else ''})"
 
 
 def _left(ranking: Ranking, gone: Bool[Tensor, "layer neuron"]) -> Int[Tensor, "neuron 2"]:

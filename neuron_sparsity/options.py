@@ -35,6 +35,7 @@ __all__ = [
     "Quiet",
     "RankingTokens",
     "RemoteCode",
+    "Refine",
     "Replacement",
     "Rules",
     "Scope",
@@ -44,6 +45,7 @@ __all__ = [
     "WithAtlas",
     "check_device",
     "check_question",
+    "check_refine",
     "check_rules",
     "check_sizes",
 ]
@@ -140,6 +142,14 @@ By = Annotated[
         "--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean_shrunk; with zero replacement, fisher."
     ),
 ]
+Refine = Annotated[
+    int,
+    typer.Option(
+        "--refine",
+        help="Choose this many neurons a quarter at a time and score the rest anew after each, for rankings by "
+        "gradients. Default: 0, score once.",
+    ),
+]
 Rules = Annotated[
     list[str] | None,
     typer.Option(
@@ -179,6 +189,21 @@ def check_question(
     ):
         if value not in allowed and value is not None:
             raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_refine(refine: int, ranking: str | None, replacement: str) -> None:
+    """Refuse a refinement that cannot be made, before a model is loaded; the default ranking is one by gradients."""
+    if refine < 0:
+        raise ValueError(f"--refine must be at least 0, got {refine}")
+    if refine == 0:
+        return
+    from neuron_sparsity import scores
+
+    known = [name for name, score in scores.RANKINGS.items() if score.needs == "saliency"]
+    if ranking is not None and ranking not in known:
+        raise ValueError(f"--refine takes a ranking by gradients ({', '.join(known)}), got --ranking {ranking}")
+    if replacement == "resample":
+        raise ValueError("--refine takes --replacement mean or zero, got resample")
 
 
 def check_rules(rules: list[str] | None, points: int) -> None:

@@ -28,6 +28,7 @@ from neuron_sparsity.cett_search import Metric
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.damage import DamageResult, damage
 from neuron_sparsity.errors import RunFolderError
+from neuron_sparsity.greedy import refine, refined_name
 from neuron_sparsity.kernels import Backend
 from neuron_sparsity.pareto import ParetoResult, pareto
 from neuron_sparsity.perplexity import Progress
@@ -201,6 +202,11 @@ class Run:
         gradients = self.saliency() if RANKINGS[ranking].needs == "saliency" else None
         return rank(stats, by=ranking, saliency=gradients, scope=scope, seed=seed)  # type: ignore[call-overload,no-any-return]
 
+    def refine(self, n_remove: int, **how: Any) -> Ranking:
+        """Rank the neurons by gradients, a share at a time."""
+        first, running = self.saliency(), {"batch_size": self.batch_size, "progress": self.progress}
+        return refine(self.adapter, self.ranking_text, first, n_remove=n_remove, **how, **running)  # type: ignore[arg-type]
+
     def ablate(
         self,
         stats: NeuronStatistics,
@@ -224,6 +230,7 @@ class Run:
         scope: str,
         seed: int,
         ranking: str | None = None,
+        refine: int = 0,
         n_controls: int = 3,
     ) -> tuple[AblationResult, ...]:
         """Find what can go at several p, or read it: first `ablation.json`, then `ablation-p<p>.json`.
@@ -232,7 +239,9 @@ class Run:
         """
         ranking = ranking or self.default_ranking(replacement)
         names = ["ablation.json", *(f"ablation-p{p:g}.json" for p in p_percents[1:])]
-        asked = (ranking, replacement, scope, seed, self.calibration.sha256, self.ranked_on(stats, ranking))
+        how = {"replacement": replacement, "scope": scope}
+        name, ordered = (refined_name(ranking, refine, **how), "model") if refine else (ranking, scope)  # type: ignore[arg-type]
+        asked = (name, replacement, ordered, seed, self.calibration.sha256, self.ranked_on(stats, ranking))
         found = [
             self._found(name, AblationResult.from_json, partial(_same_removal, (p, *asked), n_controls))
             for name, p in zip(names, p_percents, strict=True)
@@ -242,7 +251,7 @@ class Run:
                 removable_sets(
                     self.adapter,
                     self.calibration,
-                    self.rank(stats, ranking, scope, seed),
+                    self.refine(refine, by=ranking, **how) if refine else self.rank(stats, ranking, scope, seed),
                     p_percents=p_percents,
                     replacement=replacement,
                     heldout=self.confirmation,

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -100,9 +100,17 @@ class NeuronSaliency:
         """Mean of `z`: what mean replacement puts in."""
         return self.activation_sum / self.n_tokens
 
-    def predicted_rise(self, constant: Float[Tensor, "layer neuron"] | float = 0.0) -> Float[Tensor, "layer neuron"]:
-        """Return the rise of the mean loss in nats if a neuron were `constant` on every token: first order, signed."""
-        return (torch.as_tensor(constant) * self.gradient_sum - self.product_sum) / self.n_scored
+    def predicted_rise(
+        self, constant: Float[Tensor, "layer neuron"] | float = 0.0, *, order: Literal[1, 2] = 2
+    ) -> Float[Tensor, "layer neuron"]:
+        """Return the rise of the mean loss in nats, signed, if one neuron alone were `constant` on every token.
+
+        First order is the gradient times the change. Second order adds half of `fisher`, which stands for the Hessian's
+        diagonal, token by token (Theis et al. 2018, arXiv:1801.05787): what a change of one token's activation does to
+        that of another is left out. How near it comes: docs/measured.md.
+        """
+        first = (torch.as_tensor(constant) * self.gradient_sum - self.product_sum) / self.n_scored
+        return first if order == 1 else first + 0.5 * self.fisher(constant) * self.n_tokens / self.n_scored
 
     def fisher(self, constant: Float[Tensor, "layer neuron"] | float = 0.0) -> Float[Tensor, "layer neuron"]:
         """Return the mean over tokens of `((z - constant) g)^2`, exactly, from the sums.

@@ -134,9 +134,9 @@ def _alone_words(saliency: NeuronSaliency, removed: AblationResult | None) -> st
     """What is predicted of removing one neuron, and what it was measured on."""
     constant = {"zero": "zero", "mean": "its mean"}[stand_in(removed)]
     return (
-        f"predicted to first order from gradients on {count(saliency.n_tokens)} tokens of "
-        f"{visible(saliency.corpus.get('name', '?'))}, with {constant} in its place on every token and all other "
-        "neurons as they are"
+        "predicted from gradients (first order, and half the Fisher information for the second) on "
+        f"{count(saliency.n_tokens)} tokens of {visible(saliency.corpus.get('name', '?'))}, with {constant} in its "
+        "place on every token and all other neurons as they are"
     )
 
 

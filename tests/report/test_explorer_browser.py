@@ -150,7 +150,8 @@ def test_a_neuron_says_what_its_removal_costs(tab: Tab, run: Run) -> None:
     rise = 100 * np.expm1(saliency.predicted_rise(saliency.mean_activation).numpy().ravel())
     page = shown(tab, run, saliency=saliency, anchor="#neuron=1:5")
     said = page.locator(".detail dl").inner_text()
-    assert f"perplexity {'+' if rise[53] > 0 else '−'}{abs(rise[53]):#.3g} %, predicted to first order" in said
+    size = f"{'+' if rise[53] > 0 else '−'}{abs(rise[53]):#.3g} %"
+    assert f"perplexity {size}, predicted from gradients (first order, and half" in said
     assert "on 4,096 tokens of speeches for ranking, with its mean in its place" in said
     assert "can go: number 2 of 2 in order of contribution" in said
     page.get_by_role("button", name="removed alone, predicted").click()

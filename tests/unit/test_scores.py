@@ -110,10 +110,19 @@ def test_fisher_of_a_constant_neuron_and_its_own_value_is_zero() -> None:
     assert three.fisher(three.mean_activation).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_predicted_rise_is_first_order(found: NeuronSaliency) -> None:
-    assert torch.equal(found.predicted_rise(), -found.product_sum / 49)
+def test_predicted_rise_to_first_order(found: NeuronSaliency) -> None:
+    assert torch.equal(found.predicted_rise(order=1), -found.product_sum / 49)
     expected = (2.0 * found.gradient_sum - found.product_sum) / 49
-    assert torch.equal(found.predicted_rise(2.0), expected)
+    assert torch.equal(found.predicted_rise(2.0, order=1), expected)
+
+
+def test_predicted_rise_to_second_order_is_that_of_a_quadratic_loss() -> None:
+    """Where tokens are apart and the Hessian is g^2, as the Fisher information takes it, it is exact."""
+    generator = torch.Generator().manual_seed(2)
+    z, g = (torch.randn(50, 2, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+    change = 0.7 - z
+    expected = (g * change + 0.5 * g**2 * change**2).sum(0) / 49
+    assert torch.allclose(saliency_of(z, g).predicted_rise(0.7), expected, rtol=1e-10)
 
 
 def test_a_saliency_ranks_alone_and_beside_statistics(found: NeuronSaliency) -> None:
