@@ -39,6 +39,7 @@ _UNPACK = """(async () => {
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   const script = document.createElement("script");
   script.textContent = await new Response(stream).text();
+  if (window.CircuitsVis) return; // two notebooks of one page unpack side by side
   document.head.append(script);
   window.neuronSparsity();
 })();"""

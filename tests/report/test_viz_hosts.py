@@ -108,10 +108,12 @@ def test_two_notebooks_in_one_page_share_what_they_bring(host: Any, monkeypatch:
     one = text()._repr_html_()
     monkeypatch.setattr(_display, "_PAGE", _display._Page())
     other = text("c")._repr_html_()
-    put(host, one=one, other=other)
+    put_both = "([one, other]) => { put('one', one); put('other', other); }"  # before either has unpacked its bundle
+    host.evaluate(put_both, [one, other])
     drawn(host, "one")
     drawn(host, "other")
     assert host.evaluate(STYLE_SHEETS) == 1
+    assert host.evaluate("document.head.querySelectorAll('script').length") == 1, "one bundle runs"
     host.evaluate("document.querySelector('#one').remove()")
     assert corner(host, "other") == ROUND
     host.locator("#other").get_by_role("button", name="second").click()
