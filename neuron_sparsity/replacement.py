@@ -30,6 +30,8 @@ from neuron_sparsity import placement
 from neuron_sparsity.adapter import MLPAdapter, PostHook, attach
 from neuron_sparsity.blueprint import mlp_outputs
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import check_windows
+from neuron_sparsity.typed import expect, said
 
 __all__ = ["BANK_TOKENS", "REPLACEMENTS", "Neurons", "Replacer", "ablate", "neuron_mask"]
 
@@ -169,6 +171,10 @@ class Replacer:
         if replacement not in REPLACEMENTS:
             raise ValueError(f"replacement must be one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
         self._model = _held(model)
+        if corpus is not None:
+            expect("corpus", corpus, "Windows")
+            if isinstance(self._model, _Wrapped):
+                check_windows("corpus", corpus, self._model.adapter)
         self.replacement, self.corpus, self.seed = replacement, corpus, seed
         self.blocks, self.d_mlp = tuple(self._model.blocks), self._model.d_mlp
         self.tokens_run = 0
@@ -344,6 +350,8 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def _shape(means: Any) -> list[int]:
+    if not isinstance(means, Tensor | None):
+        raise TypeError(f"means must be a tensor [layer, neuron], got {said(means)}; stats.mean_activation is one")
     return [] if means is None else list(means.shape)
 
 

@@ -16,6 +16,7 @@ from neuron_sparsity import kernels
 from neuron_sparsity.adapter import MLPAdapter
 from neuron_sparsity.cett_search import MIN_CETT
 from neuron_sparsity.corpus import Windows, load_corpus
+from neuron_sparsity.entry import check_windows
 from neuron_sparsity.errors import MeasurementError, ModelError, RunFolderError
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.store import RunFolder, provenance, write_json
@@ -30,6 +31,7 @@ from neuron_sparsity.trajectory.result import (
     TrajectoryPoint,
     TrajectoryResult,
 )
+from neuron_sparsity.typed import expect
 from neuron_sparsity.windows import WINDOWS_FILE, keep_windows
 
 __all__ = ["Corpus", "Tracker", "track"]
@@ -326,7 +328,10 @@ class Tracker:
 
     def _cut(self, adapter: MLPAdapter) -> Windows:
         made = load_corpus(self._corpus, adapter.model) if isinstance(self._corpus, str | Path) else self._corpus
-        return made if isinstance(made, Windows) else made(adapter.model)
+        made = made if isinstance(made, Windows) else made(adapter.model)
+        expect("windows", made, "Windows")
+        check_windows("windows", made, adapter)
+        return made
 
     def _begin(self, windows: Windows) -> None:
         """Open the folder for these windows, and read what an earlier run has left there."""
