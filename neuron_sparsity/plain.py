@@ -142,7 +142,7 @@ def relative_error(rebuilt: Tensor, output: Tensor) -> float:
     return float((rebuilt - output.reshape(rebuilt.shape)).abs().max()) / scale
 
 
-def refuse_dropout(model: nn.Module) -> None:
+def refuse_dropout(model: Any) -> None:
     """Refuse a model that drops activations at random: measured twice, it would give two numbers.
 
     Modules of transformers keep the share to drop in a `Dropout`, or as a number that they give to the function.
@@ -150,7 +150,7 @@ def refuse_dropout(model: nn.Module) -> None:
     Raises:
         ModelError: If a module that drops a share > 0 is in training mode.
     """
-    for name, module in model.named_modules():
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
         if module.training and any(
             isinstance(value, float) and value > 0
             for key, value in vars(module).items()
