@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from neuron_sparsity.adapter import MLPAdapter, attach
-from neuron_sparsity.corpus import Windows
-from neuron_sparsity.typed import expect
+from torch import Tensor
 
-__all__ = ["check_windows", "measurable"]
+from neuron_sparsity.adapter import MLPAdapter, attach
+from neuron_sparsity.typed import expect, said
+
+__all__ = ["check_windows", "measurable", "shape_of"]
 
 
 def measurable(model: Any, windows: Any, **others: Any) -> MLPAdapter:
@@ -33,15 +34,30 @@ def measurable(model: Any, windows: Any, **others: Any) -> MLPAdapter:
     return adapter
 
 
-def check_windows(name: str, windows: Windows, adapter: MLPAdapter) -> None:
+def check_windows(name: str, windows: Any, adapter: MLPAdapter | None) -> None:
     """Refuse windows that were made for another model. One with as many tokens in another order cannot be told.
 
     Raises:
+        TypeError: If they are something else; without an adapter, this alone is checked.
         ValueError: If windows hold tokens that the model does not have, or are longer than its context.
     """
+    expect(name, windows, "Windows")
+    if adapter is None:
+        return
     cfg, made = adapter.model.cfg, "make them for this model: ns.load_corpus(source, model)"
     n_vocab, n_ctx = int(cfg.d_vocab), int(cfg.n_ctx)
     if (largest := int(windows.tokens.max())) >= n_vocab:
         raise ValueError(f"{name} hold token {largest}, and {adapter.info.name} has tokens 0 to {n_vocab - 1}; {made}")
     if windows.window > n_ctx:
         raise ValueError(f"{name} are {windows.window} tokens long, and {adapter.info.name} takes {n_ctx}; {made}")
+
+
+def shape_of(means: Any) -> list[int]:
+    """Return the shape of mean activations; empty if there are none.
+
+    Raises:
+        TypeError: If they are no tensor.
+    """
+    if not isinstance(means, Tensor | None):
+        raise TypeError(f"means must be a tensor [layer, neuron], got {said(means)}; stats.mean_activation is one")
+    return [] if means is None else list(means.shape)

@@ -30,10 +30,9 @@ from neuron_sparsity import placement
 from neuron_sparsity.adapter import MLPAdapter, PostHook, attach
 from neuron_sparsity.blueprint import mlp_outputs
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.entry import check_windows
-from neuron_sparsity.typed import expect, said
+from neuron_sparsity.entry import check_windows, shape_of
 
-__all__ = ["BANK_TOKENS", "REPLACEMENTS", "Neurons", "Replacer", "ablate", "neuron_mask"]
+__all__ = ["BANK_TOKENS", "REPLACEMENTS", "Neurons", "Replacer", "ablate", "default_replacement", "neuron_mask"]
 
 REPLACEMENTS = ("mean", "zero", "resample")
 BANK_TOKENS = 2048
@@ -70,7 +69,7 @@ def ablate(
     model: Any,
     neurons: Neurons,
     *,
-    replacement: str = "zero",
+    replacement: str | None = None,
     means: Float[Tensor, "layer neuron"] | None = None,
     corpus: Windows | None = None,
     seed: int = 0,
@@ -82,7 +81,7 @@ def ablate(
             block's index too, and a neuron a row of the down projection as it is loaded.
         neurons: (layer, neuron) pairs.
         replacement: `"zero"`; `"mean"` for each neuron's mean; `"resample"` for its value at a random other token
-            (the module's docstring says how it is drawn).
+            (the module's docstring says how it is drawn). Default: mean where `means` are given, else zero.
         means: Mean post-activations (`NeuronStatistics.mean_activation`), for `"mean"`.
         corpus: Text that `"resample"` draws from, or that means are taken over where none are given: the model runs
             on it, with whatever hooks it has, when the context opens.
@@ -107,9 +106,16 @@ def ablate(
         >>> torch.equal(before, inside), torch.equal(before, after)
         (False, True)
     """
-    replacer = Replacer(model, replacement, means=means, corpus=corpus, seed=seed)
+    if replacement is None and means is None and corpus is not None:
+        raise ValueError("corpus is for replacement='mean' or 'resample': name one of them, or leave corpus out")
+    replacer = Replacer(model, default_replacement(replacement, means), means=means, corpus=corpus, seed=seed)
     with replacer.on_post(neuron_mask(replacer.blocks, replacer.d_mlp, neurons)) as on_post, replacer.hooked(on_post):
         yield
+
+
+def default_replacement(replacement: str | None, means: object) -> str:
+    """Return the replacement that was named, or the one that goes with what was given."""
+    return replacement or ("zero" if means is None else "mean")
 
 
 def neuron_mask(blocks: Sequence[int], d_mlp: int, neurons: Neurons) -> Bool[Tensor, "layer neuron"]:
@@ -172,17 +178,15 @@ class Replacer:
             raise ValueError(f"replacement must be one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
         self._model = _held(model)
         if corpus is not None:
-            expect("corpus", corpus, "Windows")
-            if isinstance(self._model, _Wrapped):
-                check_windows("corpus", corpus, self._model.adapter)
+            check_windows("corpus", corpus, self._model.adapter if isinstance(self._model, _Wrapped) else None)
         self.replacement, self.corpus, self.seed = replacement, corpus, seed
         self.blocks, self.d_mlp = tuple(self._model.blocks), self._model.d_mlp
         self.tokens_run = 0
         self._bank: _Bank | None = None
         shape = (len(self.blocks), self.d_mlp)
-        if replacement == "mean" and (means is not None or corpus is None) and tuple(_shape(means)) != shape:
+        if replacement == "mean" and (means is not None or corpus is None) and tuple(shape_of(means)) != shape:
             raise ValueError(
-                f"replacement 'mean' needs means of shape {list(shape)}, got {_shape(means) or 'none'}; "
+                f"replacement 'mean' needs means of shape {list(shape)}, got {shape_of(means) or 'none'}; "
                 "record the model first, or give a corpus"
             )
         if replacement == "resample" and corpus is None:
@@ -347,12 +351,6 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _shape(means: Any) -> list[int]:
-    if not isinstance(means, Tensor | None):
-        raise TypeError(f"means must be a tensor [layer, neuron], got {said(means)}; stats.mean_activation is one")
-    return [] if means is None else list(means.shape)
 
 
 def _held(model: Any) -> _Model:

@@ -31,7 +31,6 @@ from neuron_sparsity.trajectory.result import (
     TrajectoryPoint,
     TrajectoryResult,
 )
-from neuron_sparsity.typed import expect
 from neuron_sparsity.windows import WINDOWS_FILE, keep_windows
 
 __all__ = ["Corpus", "Tracker", "track"]
@@ -329,7 +328,6 @@ class Tracker:
     def _cut(self, adapter: MLPAdapter) -> Windows:
         made = load_corpus(self._corpus, adapter.model) if isinstance(self._corpus, str | Path) else self._corpus
         made = made if isinstance(made, Windows) else made(adapter.model)
-        expect("windows", made, "Windows")
         check_windows("windows", made, adapter)
         return made
 
