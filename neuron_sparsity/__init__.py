@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from neuron_sparsity import viz
     from neuron_sparsity.ablation import AblationResult, ablate, removable_neurons, removable_sets
     from neuron_sparsity.adapter import attach, load_model
-    from neuron_sparsity.corpus import Windows, load_corpus
+    from neuron_sparsity.corpus import Windows, load_corpus, windows_from_text
     from neuron_sparsity.damage import DamageResult, damage
     from neuron_sparsity.downstream import DownstreamResult, evaluate
     from neuron_sparsity.errors import (
@@ -146,6 +146,7 @@ __all__ = [
     "viz",
     "track",
     "trajectory_report",
+    "windows_from_text",
 ]
 
 _MODULE_OF = {
@@ -219,6 +220,7 @@ _MODULE_OF = {
     "token_activity": "sparsity",
     "track": "trajectory",
     "trajectory_report": "report",
+    "windows_from_text": "corpus",
 }
 _SUBMODULES = frozenset({"viz"})  # a namespace of its own: ns.viz.text(...)
 _SAME_NAME = frozenset(name for name, module in _MODULE_OF.items() if name == module)

@@ -27,9 +27,11 @@ from typing import Any
 import torch
 
 from neuron_sparsity import parallel
-from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
+from neuron_sparsity.adapter import MLPAdapter, ModelInfo
 from neuron_sparsity.confirmation import compare, confirm, rise_percent
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
+from neuron_sparsity.model_info import otherwise
 from neuron_sparsity.overlap import share_text
 from neuron_sparsity.perplexity import Progress, default_batch_size
 from neuron_sparsity.ranking import Ranking
@@ -37,6 +39,7 @@ from neuron_sparsity.removal import PrefixSearch, Removals, order_hash
 from neuron_sparsity.replacement import BANK_TOKENS, REPLACEMENTS, Replacer, ablate
 from neuron_sparsity.store import decode, make_folder, provenance, read_json, write_json
 from neuron_sparsity.tally import DENSE, prefix_key
+from neuron_sparsity.typed import expect
 
 __all__ = [
     "PARTIAL",
@@ -210,7 +213,7 @@ def removable_sets(
         MeasurementError: If losses are NaN or memory runs out.
         RunFolderError: If the folder cannot be written, or what is kept there is damaged.
     """
-    adapter = attach(model)
+    adapter = measurable(model, windows, heldout=heldout, ranked_on=ranked_on)
     _check(adapter, ranking, p_percents, n_controls)
     if heldout is None:
         windows, heldout = windows.split(0.5)
@@ -244,6 +247,7 @@ def drop_finished_search(folder: Path, result: AblationResult) -> None:
 
 
 def _check(adapter: MLPAdapter, ranking: Ranking, p_percents: Sequence[float], n_controls: int) -> None:
+    expect("ranking", ranking, "Ranking")
     for p_percent in p_percents:
         if not (math.isfinite(p_percent) and p_percent > 0):
             raise ValueError(f"p must be a positive number of percent, got {p_percent}")
@@ -252,7 +256,8 @@ def _check(adapter: MLPAdapter, ranking: Ranking, p_percents: Sequence[float], n
     if n_controls < 0:
         raise ValueError(f"n_controls must be >= 0, got {n_controls}")
     if ranking.model.fingerprint != adapter.info.fingerprint:
-        raise ValueError(f"the ranking was made on {ranking.model.name} with other weights; record this model first")
+        how = otherwise(ranking.model, adapter.info)
+        raise ValueError(f"the ranking was made on {ranking.model.name} {how}; record this model first")
     if tuple(ranking.scores.shape) != (adapter.info.n_layers, adapter.info.d_mlp):
         raise ValueError(
             f"the ranking has scores of shape {list(ranking.scores.shape)}, the model "

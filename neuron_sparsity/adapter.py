@@ -23,7 +23,8 @@ from torch import Tensor
 from neuron_sparsity import placement
 from neuron_sparsity.errors import ModelError
 from neuron_sparsity.model_info import ModelInfo, WeightFacts
-from neuron_sparsity.plain import PlainBody, relative_error
+from neuron_sparsity.plain import PlainBody, refuse_dropout, relative_error
+from neuron_sparsity.typed import said
 from neuron_sparsity.weights import BUILTIN_MODELS, first_line, load_weights
 
 __all__ = ["BUILTIN_MODELS", "MLPAdapter", "ModelInfo", "attach", "checkpoint_steps", "load_model"]
@@ -177,23 +178,25 @@ def attach(model: Any, *, name: str | None = None, plain: bool = True) -> MLPAda
 
     Raises:
         TypeError: If `model` is no TransformerLens model.
-        ModelError: If it has no MLP, is a mixture of experts, lacks the hook, or a layer's output cannot be rebuilt.
+        ModelError: If it has no MLP, is a mixture of experts, lacks the hook, a layer's output cannot be rebuilt, or
+            dropout is on (training mode).
     """
     if isinstance(model, MLPAdapter):
+        refuse_dropout(model.model)
         return model if plain or model.plain is None else MLPAdapter(model.model, model.info.name, plain=False)
     if not (hasattr(model, "blocks") and hasattr(model, "hooks") and hasattr(model, "cfg")):
-        raise TypeError(
-            f"model must be a HookedTransformer or TransformerBridge, got {type(model).__name__}; "
-            "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=...) makes one"
-        )
+        boot = "TransformerBridge.boot_transformers(name, hf_model=model, tokenizer=...)"
+        mend = "ns.load_model(name)" if isinstance(model, str | Path) else boot
+        raise TypeError(f"model must be a HookedTransformer or TransformerBridge, got {said(model)}; {mend} makes one")
+    refuse_dropout(model)
     return MLPAdapter(model, name, plain=plain)
 
 
 def load_model(
     model: Any,
     *,
-    device: str | placement.DeviceMap | None = None,
-    dtype: str = "float32",
+    device: str | torch.device | placement.DeviceMap | None = None,
+    dtype: str | torch.dtype = "float32",
     trust_remote_code: bool = False,
 ) -> Any:
     """Return a TransformerLens model that is ready to be measured.
@@ -204,7 +207,7 @@ def load_model(
             returned.
         device: Such as `"cuda"`; the first GPU if there is one, else the CPU, if None. `"auto"`, or a Hugging Face
             `device_map` of your own, spreads the layers over GPUs, CPU memory and disk (docs/scale.md).
-        dtype: `"float32"`, `"bfloat16"` or `"float16"`.
+        dtype: `"float32"`, `"bfloat16"` or `"float16"`, or torch's own.
         trust_remote_code: Whether code that comes with the weights may run. Off unless you say so.
 
     Returns:
@@ -216,6 +219,7 @@ def load_model(
     """
     if not isinstance(model, str | Path):
         return attach(model).model
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     name = str(model)

@@ -131,6 +131,7 @@ def rank(
     as_json: AsJson = False,
 ) -> None:
     """List the weakest (or strongest) neurons of a recording."""
+    from neuron_sparsity.errors import RunFolderError
     from neuron_sparsity.ranking import rank as rank_neurons
     from neuron_sparsity.saliency import NeuronSaliency
     from neuron_sparsity.scores import RANKINGS as DEFINITIONS
@@ -140,6 +141,10 @@ def rank(
     if weakest is not None and strongest is not None:
         raise typer.BadParameter("give --weakest or --strongest, not both")
     stats = NeuronStatistics.load(RunFolder(folder).path)
+    if by == "activation_frequency" and not stats.threshold_names:
+        raise RunFolderError(
+            f"{folder} was not recorded under thresholds, which --by {by} counts; `neuron-sparsity report` does that"
+        )
     gradients = NeuronSaliency.load(folder) if by in DEFINITIONS and DEFINITIONS[by].needs == "saliency" else None
     ranking = rank_neurons(stats, by=by, saliency=gradients, scope=scope, seed=seed)  # type: ignore[call-overload]
     neurons = (

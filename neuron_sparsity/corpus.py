@@ -56,7 +56,7 @@ def load_corpus(
         source: One of: a built-in name (`sotu`); a UTF-8 text file, or several (one file = one document);
             `hf:NAME[:CONFIG[:SPLIT]]`, streamed with the `datasets` library (one row = one document; NAME: or a
             folder). Without a SPLIT it is `test`, else `train`, else the first. A file named like a built-in: `./sotu`.
-        model: Anything with `tokenizer`, `cfg.n_ctx` and `cfg.d_vocab`.
+        model: Anything with `tokenizer`, `cfg.n_ctx` and `cfg.d_vocab`; or an adapter of it (`attach`).
         n_tokens: Tokens to measure, BOS included, rounded down to whole windows. If the text holds fewer windows, all
             are taken: `Windows.n_tokens` tells how many tokens that made.
         n_ctx: Tokens per window, BOS included; the smaller of the model's `n_ctx` and 512 by default.
@@ -66,6 +66,7 @@ def load_corpus(
 
     Raises:
         CorpusError: If the source cannot be found or read, is too short, or the tokenizer does not fit the model.
+        TypeError: If `model` is a name, or the arguments are in the other order.
         ValueError: If `n_ctx` or `n_tokens` cannot work here, or the tokenizer lacks the BOS or EOS asked for.
 
     Example:
@@ -73,6 +74,12 @@ def load_corpus(
         >>> load_corpus("sotu", model)  # doctest: +SKIP
         Windows('sotu': 32 windows x 512 tokens, 16352 scored, apart, with BOS, sha256 ...)
     """
+    if isinstance(model, str | Path):
+        if not isinstance(source, str | Path | list | tuple):
+            raise TypeError(f"load_corpus takes the text first and then the model: load_corpus({str(model)!r}, model)")
+        raise TypeError(f"model must be a model, got the name {str(model)!r}; ns.load_model({str(model)!r}) loads one")
+    if not hasattr(model, "tokenizer"):
+        model = getattr(model, "model", model)  # of an adapter
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise CorpusError("the model has no tokenizer; load it with one, or set model.tokenizer")

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from neuron_sparsity import parallel
 from neuron_sparsity.ablation import AblationResult
-from neuron_sparsity.adapter import MLPAdapter, ModelInfo, PostHook, attach
+from neuron_sparsity.adapter import MLPAdapter, ModelInfo, PostHook
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.damage_tables import (
     DecileDamage,
@@ -43,6 +43,8 @@ from neuron_sparsity.damage_tables import (
     percentiles,
 )
 from neuron_sparsity.divergence import DenseReference
+from neuron_sparsity.entry import measurable
+from neuron_sparsity.model_info import otherwise
 from neuron_sparsity.perplexity import Progress, default_batch_size, mean_loss, token_losses
 from neuron_sparsity.replacement import Replacer, default_replacement, neuron_mask
 from neuron_sparsity.sparsity import SparsityResult
@@ -229,7 +231,7 @@ def damage(
     """
     _check(layers, n_tokens=n_tokens, per_document=per_document, min_count=min_count)
     start = time.perf_counter()
-    adapter = attach(model)
+    adapter = measurable(model, windows)
     stand_in = default_replacement(replacement, means)
     with _changed(adapter, change, stand_in, means, windows, seed) as (said, hook, touched):
         passes = _Passes(adapter, windows, batch_size, progress)
@@ -309,7 +311,8 @@ def _changed(
     info = adapter.info
     found = getattr(getattr(change, "model", None), "fingerprint", info.fingerprint)
     if found != info.fingerprint:
-        raise ValueError(f"the change was measured on {change.model.name} with other weights; measure this model first")
+        how = otherwise(change.model, info)
+        raise ValueError(f"the change was measured on {change.model.name} {how}; measure this model first")
     if isinstance(change, SparsityResult):
         truncation = Truncation(_thresholds(change, info.n_layers))
 

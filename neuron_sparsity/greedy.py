@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from neuron_sparsity.adapter import attach
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.ranking import Ranking, rank
 from neuron_sparsity.replacement import Replacer
@@ -66,7 +66,7 @@ def refine(
         ValueError: If `n_remove` or `n_rounds` cannot be, `by` needs no gradients, or `first` is of another model or
             text.
     """
-    adapter = attach(model)
+    adapter = measurable(model, windows)
     n_neurons = adapter.info.n_layers * adapter.info.d_mlp
     if by not in RANKINGS or RANKINGS[by].needs != "saliency":
         known = ", ".join(name for name, score in RANKINGS.items() if score.needs == "saliency")

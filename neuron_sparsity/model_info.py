@@ -10,7 +10,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-__all__ = ["ModelInfo", "WeightFacts"]
+__all__ = ["ModelInfo", "WeightFacts", "otherwise"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,16 @@ class ModelInfo:
     def from_json(cls, data: dict[str, Any]) -> ModelInfo:
         """Return what `to_json` was made from."""
         return cls(**{name: data[name] for name in cls.__dataclass_fields__} | {"layers": tuple(data["layers"])})
+
+
+def otherwise(found: ModelInfo, here: ModelInfo) -> str:
+    """Return how a model that was measured differs from the one that is here, for an error: by its type, or weights.
+
+    The fingerprint of weights in bfloat16 is another than that of the same in float32: they are rounded.
+    """
+    if found.dtype != here.dtype:
+        return f"in {found.dtype}, and this model is in {here.dtype}"
+    return "with other weights"
 
 
 class WeightFacts:

@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 
 from neuron_sparsity import kernels
-from neuron_sparsity.adapter import ModelInfo, attach
+from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.cett_search import METRICS, Metric
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
 from neuron_sparsity.frontier import Verdict, compare, crossings, interval
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.rule_passes import RulePass, RulePasses
@@ -232,7 +233,7 @@ def pareto(
         raise ValueError(f"n_points must be at least 1, got {n_points}")
     start = time.perf_counter()
     passes = RulePasses(
-        attach(model),
+        measurable(model, windows),
         windows,
         sorted({rule.score for rule in chosen}),
         folder=None if folder is None else Path(folder),

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from neuron_sparsity.adapter import ModelInfo, attach
+from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
 
 __all__ = ["NeuronActivations", "neuron_activations"]
 
@@ -57,11 +58,11 @@ def neuron_activations(
     Raises:
         ValueError: If there is no such window or neuron, or none was chosen.
     """
+    adapter = measurable(model, windows)
     if not 0 <= window < windows.n_windows:
         raise ValueError(f"window must be between 0 and {windows.n_windows - 1}, got {window}")
     if n_tokens < 1:
         raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
-    adapter = attach(model)
     chosen = tuple((int(layer), int(neuron)) for layer, neuron in neurons)
     if not chosen:
         raise ValueError("no neuron was chosen; rank(stats).strongest(8) names some")

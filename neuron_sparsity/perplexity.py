@@ -19,9 +19,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from neuron_sparsity import parallel
-from neuron_sparsity.adapter import MLPAdapter, PostHook, attach
+from neuron_sparsity.adapter import MLPAdapter, PostHook
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.divergence import ScoredRows
+from neuron_sparsity.entry import measurable
 from neuron_sparsity.errors import MeasurementError
 
 __all__ = ["PerplexityResult", "default_batch_size", "perplexity", "token_losses"]
@@ -71,8 +72,9 @@ def perplexity(
 
     Raises:
         MeasurementError: If a loss is NaN, or memory runs out.
+        ValueError: If the windows do not fit the model.
     """
-    losses = token_losses(attach(model), windows, batch_size=batch_size, progress=progress)
+    losses = token_losses(measurable(model, windows), windows, batch_size=batch_size, progress=progress)
     loss = mean_loss(losses, windows.scored)
     return PerplexityResult(math.exp(loss), loss, windows.n_scored, windows.describe())
 

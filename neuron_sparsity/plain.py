@@ -15,9 +15,10 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from neuron_sparsity.errors import ModelError
 from neuron_sparsity.placement import hook_of, materialised, run_hooked
 
-__all__ = ["PlainBody", "down_projections", "output_rows", "relative_error", "unwrapped"]
+__all__ = ["PlainBody", "down_projections", "output_rows", "refuse_dropout", "relative_error", "unwrapped"]
 
 
 class PlainBody:
@@ -139,3 +140,20 @@ def relative_error(rebuilt: Tensor, output: Tensor) -> float:
         return float("inf")
     scale = max(float(output.abs().max()), float(rebuilt.abs().max()), 1e-30)
     return float((rebuilt - output.reshape(rebuilt.shape)).abs().max()) / scale
+
+
+def refuse_dropout(model: Any) -> None:
+    """Refuse a model that drops activations at random: measured twice, it would give two numbers.
+
+    Modules of transformers keep the share to drop in a `Dropout`, or as a number that they give to the function.
+
+    Raises:
+        ModelError: If a module that drops a share > 0 is in training mode.
+    """
+    for name, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        if module.training and any(
+            isinstance(value, float) and value > 0
+            for key, value in vars(module).items()
+            if "drop" in key or (key == "p" and "Dropout" in type(module).__name__)
+        ):
+            raise ModelError(f"the model is in training mode and {name} drops activations at random; call model.eval()")

@@ -15,6 +15,7 @@ keeps of freed memory, and copies that TransformerLens makes of weights it split
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ import torch
 from neuron_sparsity.blueprint import Blueprint, blueprint
 from neuron_sparsity.footprint import Footprint
 from neuron_sparsity.perplexity import _BATCH_TOKENS
+from neuron_sparsity.typed import said
 
 __all__ = ["Plan", "Step", "plan", "plan_for"]
 
@@ -155,10 +157,15 @@ def plan(
         ModelError: If the configuration cannot be found, or the model has no MLP neurons that could be measured.
         ValueError: If a size, the type or the device cannot be.
     """
+    if not isinstance(model, str | Path):
+        raise TypeError(
+            f"model must be a name, a folder or a .gguf file, got {said(model)}; a plan is made before loading"
+        )
+    dtype = str(dtype).removeprefix("torch.")
     if dtype not in _ITEMSIZE:
         raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
     kind = _device_kind(device)
-    sizes = blueprint(model, trust_remote_code=trust_remote_code)
+    sizes = blueprint(str(model), trust_remote_code=trust_remote_code)
     return plan_for(sizes, n_tokens=n_tokens, n_ctx=n_ctx, batch_size=batch_size, dtype=dtype, device=kind)
 
 

@@ -17,8 +17,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from neuron_sparsity import kernels
-from neuron_sparsity.adapter import ModelInfo, attach
+from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
 from neuron_sparsity.saliency import NeuronSaliency
 from neuron_sparsity.scores import DEFAULT_RANKING, RANKINGS, Measured
 from neuron_sparsity.statistics import NeuronStatistics
@@ -262,11 +263,11 @@ def _rank_tokens(
     n_tokens: int = 128,
     backend: kernels.Backend = "auto",
 ) -> TokenRanking:
+    adapter = measurable(model, windows)
     if not 0 <= window < windows.n_windows:
         raise ValueError(f"window must be between 0 and {windows.n_windows - 1}, got {window}")
     if n_tokens < 1:
         raise ValueError(f"n_tokens must be at least 1, got {n_tokens}")
-    adapter = attach(model)
     tokens = windows.tokens[window, :n_tokens]
     found: dict[int, tuple[Tensor, Tensor]] = {}
 

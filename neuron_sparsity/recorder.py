@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from neuron_sparsity import parallel
-from neuron_sparsity.adapter import attach
 from neuron_sparsity.allocator import give_back_freed_memory
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
 from neuron_sparsity.errors import RankError, RunFolderError
 from neuron_sparsity.interrupts import stop_requested
 from neuron_sparsity.kernels import Backend
@@ -65,14 +65,15 @@ def record(
         MeasurementError: If post-activations are NaN or infinite, or memory runs out.
         RankError: If another rank of a `parallel.session` is gone or has failed.
         RunFolderError: If `folder` cannot be written or holds another recording, or one of another number of ranks.
+        TypeError: If `windows` are no windows, or `thresholds` no sets by name.
         ValueError: If a set of thresholds does not have one number >= 0 a layer, `n_examples` or `batch_size`
-            cannot be, or the backend cannot run here.
+            cannot be, the windows do not fit the model, or the backend cannot run here.
         KeyboardInterrupt: After SIGINT or SIGTERM, once the state (or, at the very end, the result) is written.
     """
-    adapter = attach(model)
+    adapter = measurable(model, windows)
     if n_examples < 0:
         raise ValueError(f"n_examples must be >= 0, got {n_examples}")
-    recording = Recording(adapter, windows, thresholds or {}, n_examples, backend)
+    recording = Recording(adapter, windows, {} if thresholds is None else thresholds, n_examples, backend)
     path = None if folder is None else partial_path(Path(folder))
     begun = None if path is None else recording.resume(path, batch_size)
     if batch_size is None:

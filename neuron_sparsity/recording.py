@@ -24,6 +24,7 @@ from neuron_sparsity.errors import MeasurementError, RunFolderError
 from neuron_sparsity.kernels import Backend, StatisticsState
 from neuron_sparsity.statistics import CONTEXT_BEFORE, CONTEXT_LENGTH, NeuronStatistics, check_tensor
 from neuron_sparsity.store import decode, make_folder, provenance, read_tensors, write_tensors
+from neuron_sparsity.typed import said
 
 __all__ = ["PARTIAL", "Recording", "drop_finished", "partial_path"]
 
@@ -66,6 +67,7 @@ class Recording:
         backend: As for `record`.
 
     Raises:
+        TypeError: If thresholds are no sets by name.
         ValueError: If a set of thresholds does not have one number >= 0 a layer, or the backend cannot run here.
     """
 
@@ -83,9 +85,15 @@ class Recording:
         self.backend = backend
         devices = [norm.device for norm in adapter.w_norms]
         self.backends = sorted({kernels.choose(device, backend).name for device in devices})
+        if not isinstance(thresholds, Mapping):
+            raise TypeError(
+                f"thresholds must be sets by name, {{result.name: result.thresholds}}, got {said(thresholds)}"
+            )
         self.names = tuple(thresholds)
         self.thresholds = torch.empty(info.n_layers, len(self.names))
         for k, (name, cuts) in enumerate(thresholds.items()):
+            if not hasattr(cuts, "__len__"):
+                raise TypeError(f"thresholds {name!r} must be {info.n_layers} numbers, one a layer, got {said(cuts)}")
             if len(cuts) != info.n_layers:
                 raise ValueError(f"thresholds {name!r} must have {info.n_layers} numbers, one a layer, got {len(cuts)}")
             self.thresholds[:, k] = torch.tensor([float(cut) for cut in cuts])

@@ -30,6 +30,7 @@ from neuron_sparsity import placement
 from neuron_sparsity.adapter import MLPAdapter, PostHook, attach
 from neuron_sparsity.blueprint import mlp_outputs
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import check_windows, shape_of
 
 __all__ = ["BANK_TOKENS", "REPLACEMENTS", "Neurons", "Replacer", "ablate", "default_replacement", "neuron_mask"]
 
@@ -176,14 +177,16 @@ class Replacer:
         if replacement not in REPLACEMENTS:
             raise ValueError(f"replacement must be one of {', '.join(REPLACEMENTS)}, got {replacement!r}")
         self._model = _held(model)
+        if corpus is not None:
+            check_windows("corpus", corpus, self._model.adapter if isinstance(self._model, _Wrapped) else None)
         self.replacement, self.corpus, self.seed = replacement, corpus, seed
         self.blocks, self.d_mlp = tuple(self._model.blocks), self._model.d_mlp
         self.tokens_run = 0
         self._bank: _Bank | None = None
         shape = (len(self.blocks), self.d_mlp)
-        if replacement == "mean" and (means is not None or corpus is None) and tuple(_shape(means)) != shape:
+        if replacement == "mean" and (means is not None or corpus is None) and tuple(shape_of(means)) != shape:
             raise ValueError(
-                f"replacement 'mean' needs means of shape {list(shape)}, got {_shape(means) or 'none'}; "
+                f"replacement 'mean' needs means of shape {list(shape)}, got {shape_of(means) or 'none'}; "
                 "record the model first, or give a corpus"
             )
         if replacement == "resample" and corpus is None:
@@ -348,10 +351,6 @@ def _mixed(x: np.ndarray) -> np.ndarray:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
-
-def _shape(means: Any) -> list[int]:
-    return [] if means is None else list(means.shape)
 
 
 def _held(model: Any) -> _Model:

@@ -25,12 +25,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from neuron_sparsity.adapter import MLPAdapter, ModelInfo, PostHook, attach
+from neuron_sparsity.adapter import MLPAdapter, ModelInfo, PostHook
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
 from neuron_sparsity.errors import MeasurementError, ModelError
 from neuron_sparsity.perplexity import Progress, batches, default_batch_size, memory_advice
 from neuron_sparsity.statistics import check_corpus
-from neuron_sparsity.store import decode, provenance, read_tensors, write_tensors
+from neuron_sparsity.store import decode, make_folder, provenance, read_tensors, write_tensors
 from neuron_sparsity.typed import checked
 
 __all__ = ["NeuronSaliency", "SALIENCY_FILE", "loss_gradients", "measure_gradients", "saliency"]
@@ -128,13 +129,14 @@ class NeuronSaliency:
         return ((self.activation_sq_sum - 2 * a * self.activation_sum) / self.n_tokens + a**2).clamp_min(0)
 
     def save(self, folder: str | Path) -> None:
-        """Write `saliency.safetensors` into a folder.
+        """Write `saliency.safetensors` into a folder, which is made if it is not there.
 
         Raises:
             RunFolderError: If it cannot be written.
         """
         names = ("corpus", "n_tokens", "n_scored", "cost", "provenance")
         header = {"model": self.model.to_json()} | {name: getattr(self, name) for name in names}
+        make_folder(Path(folder))
         write_tensors(Path(folder) / SALIENCY_FILE, {name: getattr(self, name) for name in _TENSORS}, header)
 
     @classmethod
@@ -176,7 +178,7 @@ def saliency(
         ModelError: If weights are offloaded, or the residual stream cannot be seen.
         RunFolderError: If `folder` cannot be written.
     """
-    adapter, start = attach(model), time.perf_counter()
+    adapter, start = measurable(model, windows), time.perf_counter()
     if adapter.offloaded:
         raise ModelError("gradients need every weight in memory, and some are offloaded; load the model without 'auto'")
     if batch_size is None:

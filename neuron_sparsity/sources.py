@@ -87,7 +87,9 @@ def _existing_file(item: str | Path) -> Path:
             raise CorpusError(f"{shown} is a pipe or a device; write its text into a file and pass that")
     except (OSError, RuntimeError, ValueError):  # a name too long, ~nobody, NUL: someone passed the text itself
         pass
-    raise CorpusError(f"no file and no built-in text is called {shown!r}; pass a UTF-8 text file, {known}")
+    itself = isinstance(item, str) and len(item.split()) > 3
+    other = " (or, if this is the text itself, cut it with ns.windows_from_text)" if itself else ""
+    raise CorpusError(f"no file and no built-in text is called {shown!r}; pass a UTF-8 text file, {known}{other}")
 
 
 def _open_files(paths: Sequence[Path]) -> tuple[str, list[Document]]:

@@ -30,9 +30,10 @@ import numpy as np
 from jaxtyping import Float
 
 from neuron_sparsity import kernels, parallel
-from neuron_sparsity.adapter import ModelInfo, attach
+from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.cett_search import METRICS, CettSearch, Goal, Metric, carried
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
 from neuron_sparsity.evaluation import Evaluation, Evaluator
 from neuron_sparsity.interval import Estimate, estimate
 from neuron_sparsity.perplexity import Progress
@@ -270,11 +271,12 @@ def cett_ppl_sparsities(
         raise ValueError(f"tolerance must be a positive number of percentage points, got {tolerance_percent}")
     if metric not in METRICS:
         raise ValueError(f"metric must be 'ppl' or 'kl', got {metric!r}")
+    start = time.perf_counter()
+    adapter = measurable(model, windows, calibration=calibration)
     if calibration is not None and calibration.sha256 == windows.sha256:
         calibration = None
-    start = time.perf_counter()
     evaluator = Evaluator(
-        attach(model), windows, calibration=calibration, backend=backend, batch_size=batch_size, progress=progress
+        adapter, windows, calibration=calibration, backend=backend, batch_size=batch_size, progress=progress
     )
     goals = [
         Goal(p, metric, tolerance_percent or _TOLERANCE * p, windows.n_scored, closely=not further)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from neuron_sparsity.adapter import ModelInfo
 from neuron_sparsity.kernels import N_BINS, histogram_edges
-from neuron_sparsity.store import decode, read_tensors, write_tensors
+from neuron_sparsity.store import decode, make_folder, read_tensors, write_tensors
 from neuron_sparsity.typed import checked
 
 __all__ = ["CONTEXT_BEFORE", "CONTEXT_LENGTH", "NeuronStatistics", "check_tensor"]
@@ -166,11 +166,12 @@ class NeuronStatistics:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write `statistics.safetensors` into a folder.
+        """Write `statistics.safetensors` into a folder, which is made if it is not there.
 
         Raises:
             RunFolderError: If it cannot be written.
         """
+        make_folder(Path(folder))
         header = {
             "model": self.model.to_json(),
             "corpus": self.corpus,

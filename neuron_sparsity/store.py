@@ -26,8 +26,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from neuron_sparsity.advice import difference, writer
 from neuron_sparsity.errors import RunFolderError
-from neuron_sparsity.typed import brief
 
 __all__ = [
     "SCHEMA",
@@ -125,7 +125,7 @@ class RunFolder:
         for key, value in self.request.items():
             if found.get(key) != value:
                 raise RunFolderError(
-                    f"{self.path} holds another run ({key}: {brief(found.get(key))}, not {brief(value)}); "
+                    f"{self.path} holds another run ({difference(found.get(key), value, key)}); "
                     "name another folder with --out"
                 )
 
@@ -229,7 +229,7 @@ def _readable(path: Path, max_bytes: int, *errors: type[Exception]) -> Iterator[
             raise OSError(f"{found.st_size:,} bytes are more than the {max_bytes:,} that it may have here")
         yield
     except FileNotFoundError:
-        raise RunFolderError(f"{path} does not exist; the step that writes it has not run") from None
+        raise RunFolderError(f"{path} does not exist; the step that writes it has not run{writer(path.name)}") from None
     except unreadable as error:
         raise RunFolderError(
             f"{path} cannot be read ({_reason(error)}); delete it and run the step that writes it again"

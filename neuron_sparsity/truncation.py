@@ -19,9 +19,12 @@ from torch import Tensor, nn
 from neuron_sparsity import kernels, parallel
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
 from neuron_sparsity.kernels.reference import contributions
+from neuron_sparsity.model_info import otherwise
 from neuron_sparsity.perplexity import Progress, RowHook, token_losses
 from neuron_sparsity.plain import down_projections, output_rows
+from neuron_sparsity.typed import expect
 
 __all__ = [
     "TokenActivity",
@@ -131,6 +134,7 @@ def sparsify(model: Any, result: Any, *, backend: kernels.Backend = "auto") -> I
         A Truncation, which counts active neurons of every token that passes.
 
     Raises:
+        TypeError: If the result is something else.
         ValueError: If the result is of another model, there is not one threshold a layer, or the backend cannot run.
     """
     adapter = attach(model)
@@ -139,7 +143,8 @@ def sparsify(model: Any, result: Any, *, backend: kernels.Backend = "auto") -> I
         kernels.choose(norm.device, backend)  # refuse a backend that cannot run before anything runs
     found = getattr(getattr(result, "model", None), "fingerprint", adapter.info.fingerprint)
     if found != adapter.info.fingerprint:
-        raise ValueError(f"the result was measured on {result.model.name} with other weights; measure this model first")
+        how = otherwise(result.model, adapter.info)
+        raise ValueError(f"the result was measured on {result.model.name} {how}; measure this model first")
     with adapter.hooked(lambda layer, z: truncation.cut(layer, z, adapter.w_norms[layer])):
         yield truncation
 
@@ -161,6 +166,7 @@ def apply_thresholds(hf_model: nn.Module, result: Any) -> Iterator[Truncation]:
         ValueError: If the layers cannot be told apart, or the weights are not the measured ones (a model measured
             in compatibility mode has other output weights than its plain form).
     """
+    expect("result", result, "SparsityResult")
     info = result.model
     projections = down_projections(hf_model, info.d_mlp, info.d_model, info.n_layers)
     norms = []
@@ -284,9 +290,9 @@ def token_activity(
     Raises:
         ValueError: If there is no such window, or the backend cannot run.
     """
+    adapter = measurable(model, windows)
     if not 0 <= window < windows.n_windows:
         raise ValueError(f"window must be between 0 and {windows.n_windows - 1}, got {window}")
-    adapter = attach(model)
     cuts = _thresholds(result, adapter.info.n_layers)
     tokens = windows.tokens[window, :n_tokens]
     ratio = torch.zeros(adapter.info.n_layers, len(tokens))
@@ -310,9 +316,15 @@ def token_activity(
 
 
 def _thresholds(result: Any, n_layers: int) -> list[float]:
-    cuts = list(getattr(result, "thresholds", result))
+    if isinstance(result, str) or hasattr(result, "thresholds"):
+        expect("result", result, "SparsityResult")
+    try:
+        cuts = [float(cut) for cut in getattr(result, "thresholds", result)]
+    except (TypeError, ValueError, RuntimeError):  # the last one: a row of a tensor
+        expect("result", result, "SparsityResult", "one threshold a layer")
+        raise
     if len(cuts) != n_layers:
         raise ValueError(f"need one threshold for each of {n_layers} layers, got {len(cuts)}")
     if any(not cut >= 0 for cut in cuts):
         raise ValueError("thresholds must be >= 0 and not NaN")
-    return [float(cut) for cut in cuts]
+    return cuts

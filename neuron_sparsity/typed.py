@@ -1,4 +1,4 @@
-"""Whether what was built from a file is of the types it declares: `from_json` takes whatever a file says."""
+"""Whether a value is of the type it should be: what a function is given, and what `from_json` builds from a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,63 @@ from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-__all__ = ["brief", "checked"]
+__all__ = ["brief", "checked", "expect", "said"]
+
+_MADE_BY = {
+    "Atlas": "ns.atlas(stats)",
+    "AblationResult": "ns.removable_neurons(model, corpus, ranking)",
+    "DamageResult": "ns.damage(model, corpus, removed)",
+    "NeuronSaliency": "ns.saliency(model, corpus)",
+    "NeuronStatistics": "ns.record(model, corpus)",
+    "ParetoResult": "ns.pareto(model, corpus)",
+    "Ranking": "ns.rank(stats), or ns.rank(ns.saliency(model, corpus)),",
+    "SparsityResult": "ns.cett_ppl_sparsity(model, corpus)",
+    "StudyConfig": 'ns.load_config("tiny")',
+    "StudyResult": "ns.study(config, folder)",
+    "TokenActivity": "ns.token_activity(model, corpus, result)",
+    "TokenRanking": "ns.rank(model, corpus, per_token=True)",
+    "TrajectoryResult": "ns.track(checkpoints, corpus)",
+    "Windows": 'ns.load_corpus("sotu", model)',
+}
+
+
+def expect(name: str, value: Any, *kinds: str, instead: str = "") -> None:
+    """Refuse an argument that is not of one of these classes, saying what makes one.
+
+    Classes go by name, so that this module, which all others import, knows none of them. A SimpleNamespace may stand in
+    for any: whoever puts one together has given it what is read.
+
+    Args:
+        name: Of the argument, as the caller wrote it.
+        value: What was given.
+        kinds: Names of classes; a subclass will do.
+        instead: What mends it, if not making one of the first class.
+
+    Raises:
+        TypeError: If it is of another class.
+
+    Example:
+        >>> expect("config", "tiny", "StudyConfig")
+        Traceback (most recent call last):
+        TypeError: config must be a StudyConfig, got 'tiny'; ns.load_config("tiny") makes one
+    """
+    if {kind.__name__ for kind in type(value).__mro__}.isdisjoint((*kinds, "SimpleNamespace")):
+        mend = instead or f"{_MADE_BY[kinds[0]]} makes {'windows' if kinds[0] == 'Windows' else 'one'}"
+        article = "" if kinds[0] == "Windows" else "an " if kinds[0][0] == "A" else "a "
+        raise TypeError(f"{name} must be {article}{' or '.join(kinds)}, got {said(value)}; {mend}")
+
+
+def said(value: Any) -> str:
+    """Return what was given, for an error: a short text or number as it is, else what it is.
+
+    Example:
+        >>> said("sotu"), said(0.5), said(None), said([0.0])
+        ("'sotu'", '0.5', 'None', 'list')
+    """
+    if value is None or isinstance(value, int | float | str):
+        text = repr(value)
+        return text if len(text) <= 60 else text[:57] + "..."
+    return value.__qualname__ if isinstance(value, type) else type(value).__name__
 
 
 def checked(result: Any) -> Any:

@@ -28,7 +28,11 @@ _DEMO_FOLDER = Path(__file__).parent / "demo"
 
 
 def load_weights(
-    name: str, *, dtype: torch.dtype, device: str | DeviceMap | None = None, trust_remote_code: bool = False
+    name: str,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device | DeviceMap | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[str, Any, Any]:
     """Return the folder or hub name, the Hugging Face model in eval mode and its tokenizer.
 
@@ -43,6 +47,7 @@ def load_weights(
     Raises:
         ModelError: If the model cannot be found or loaded, or the device cannot take it.
     """
+    device = str(device) if isinstance(device, torch.device) else device
     folder, options = _locate(name)
     options |= {"trust_remote_code": trust_remote_code}
     if device == "auto" or not isinstance(device, str | None):

@@ -18,6 +18,7 @@ PACKAGE = "neuron_sparsity"
 ROOMS = [
     "errors",
     "typed",
+    "advice",
     "interrupts",
     "allocator",
     "parallel",
@@ -36,6 +37,7 @@ ROOMS = [
     "blueprint",
     "plain",
     "adapter",
+    "entry",
     "activation",
     "divergence",
     "perplexity",

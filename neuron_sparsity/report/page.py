@@ -20,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from markupsafe import Markup
 
+from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.report import views
 from neuron_sparsity.report._classes import layer_labels
 from neuron_sparsity.report._fragments import note
 from neuron_sparsity.report._text import join, visible
+from neuron_sparsity.typed import expect
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
@@ -77,9 +79,12 @@ class Report:
         """Write the page to `path` in one step, so that a reader never meets half a file, and return the path.
 
         Raises:
-            OSError: If the folder does not exist or cannot be written.
+            OSError: If the folder cannot be written.
+            RunFolderError: If the folder does not exist.
         """
         target = Path(path)
+        if not target.parent.is_dir():
+            raise RunFolderError(f"folder {target.parent} does not exist; make it, or save the page elsewhere")
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
         try:
             with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
@@ -113,6 +118,10 @@ def build(
     title: str | None = None,
 ) -> Report:
     """Return the report of a run; see `neuron_sparsity.report.report`."""
+    _require_parts(
+        stats=stats, result=result, removed=removed, passage=passage, pareto=pareto, damage=damage, saliency=saliency,
+        atlas=atlas,
+    )  # fmt: skip
     _require_one_model(stats, result, removed, pareto, damage, saliency, atlas if hasattr(atlas, "model") else None)
     name = visible(title if title is not None else f"MLP neurons of {stats.model.name}")
     sections = [
@@ -128,6 +137,27 @@ def build(
         _how_measured(stats, result, removed),
     ]
     return Report(html=render(sections, title=name), title=name)
+
+
+_PARTS = {
+    "stats": ("NeuronStatistics",),
+    "result": ("SparsityResult",),
+    "removed": ("AblationResult",),
+    "passage": ("TokenActivity",),
+    "pareto": ("ParetoResult",),
+    "damage": ("DamageResult",),
+    "saliency": ("NeuronSaliency",),
+    "atlas": ("Atlas", "DataFrame"),
+}
+
+
+def _require_parts(**parts: Any) -> None:
+    """Refuse what is of another class than its argument, naming the argument that takes it."""
+    for name, part in parts.items():
+        if part is None and name != "stats":
+            continue
+        place = next((other for other, kinds in _PARTS.items() if type(part).__name__ in kinds), name)
+        expect(name, part, *_PARTS[name], instead="" if place == name else f"give it as {place}=")
 
 
 def _require_one_model(stats: Any, *others: Any) -> None:

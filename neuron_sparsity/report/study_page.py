@@ -8,6 +8,7 @@ from neuron_sparsity.report import _study as views
 from neuron_sparsity.report import _study_shape as shape_views
 from neuron_sparsity.report._text import count, visible
 from neuron_sparsity.report.page import Report, Section, render
+from neuron_sparsity.typed import expect
 
 if TYPE_CHECKING:
     from neuron_sparsity.study import StudyResult
@@ -25,6 +26,7 @@ def study_report(result: StudyResult, *, title: str | None = None) -> Report:
     Returns:
         The page: `.save("report.html")` writes it, a notebook shows it.
     """
+    expect("result", result, "StudyResult")
     name = visible(title if title is not None else f"How activation sparsity arises: {result.config['name']}")
     activations = list(dict.fromkeys(run.activation for run in result.runs))
     missing = f"; {count(len(result.missing))} more are not finished" if result.missing else ""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from neuron_sparsity.report import _trajectory as views
 from neuron_sparsity.report._text import count, visible
 from neuron_sparsity.report.page import Report, Section, render
+from neuron_sparsity.typed import expect
 
 if TYPE_CHECKING:
     from neuron_sparsity.trajectory import TrajectoryResult
@@ -24,6 +25,7 @@ def trajectory_report(result: TrajectoryResult, *, title: str | None = None) -> 
     Returns:
         The page: `.save("report.html")` writes it, a notebook shows it.
     """
+    expect("result", result, "TrajectoryResult")
     name = visible(title if title is not None else f"Activation sparsity over training, {result.name}")
     fit = views.fitted_law(result)
     measured = f"{count(len(result.points))} checkpoints"

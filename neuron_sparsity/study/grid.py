@@ -37,6 +37,7 @@ from neuron_sparsity.study.text import StudyText, prepare
 from neuron_sparsity.study.training import losses, parameter_counts, train, trained
 from neuron_sparsity.trajectory import TrajectoryResult
 from neuron_sparsity.trajectory.result import TRAJECTORY_FILE
+from neuron_sparsity.typed import expect
 
 __all__ = ["chosen", "plan_rows", "study"]
 
@@ -80,6 +81,7 @@ def study(
         >>> from neuron_sparsity.study import load_config, study
         >>> study(load_config("tiny"), "runs/tiny", jobs=2)  # doctest: +SKIP
     """
+    expect("config", config, "StudyConfig")
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, got {jobs}")
     if device not in (None, "cpu"):

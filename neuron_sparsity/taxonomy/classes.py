@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_sparsity.statistics import NeuronStatistics
+from neuron_sparsity.typed import expect
 
 __all__ = [
     "ALWAYS_ON",
@@ -225,6 +226,7 @@ def classify(
         >>> ns.classify(ns.record(model, corpus)).total  # doctest: +SKIP
         ClassPoint(n_tokens=4096, dead=0, rare=2, alive=46041, always_on=37, never=0, bound_95=0.000732421875)
     """
+    expect("stats", stats, "NeuronStatistics")
     rule = ClassRule(definition, dead, rare, always_on)
     count, words = active_counts(stats, active)
     return NeuronClasses(

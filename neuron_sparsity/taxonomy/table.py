@@ -14,6 +14,7 @@ from typing import Any
 
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo, attach
 from neuron_sparsity.corpus import Windows
+from neuron_sparsity.entry import measurable
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.statistics import NeuronStatistics, check_corpus
 from neuron_sparsity.store import decode, make_folder, provenance
@@ -24,7 +25,7 @@ from neuron_sparsity.taxonomy.files import ATLAS_FILE, ROLES, read_table, write_
 from neuron_sparsity.taxonomy.logits import RoleRule
 from neuron_sparsity.taxonomy.positions import POSITIONAL_BITS
 from neuron_sparsity.taxonomy.triggers import TriggerRule
-from neuron_sparsity.typed import checked
+from neuron_sparsity.typed import checked, expect
 
 __all__ = ["Atlas", "atlas"]
 
@@ -171,7 +172,8 @@ def atlas(
         raise ValueError(f"positional_bits must be > 0, got {positional_bits}")
     if windows is not None and model is None:
         raise ValueError("windows need a model to run on them: atlas(stats, model, windows)")
-    adapter = None if model is None else attach(model)
+    expect("stats", stats, "NeuronStatistics")
+    adapter = None if model is None else attach(model) if windows is None else measurable(model, windows)
     if adapter is not None and adapter.info.fingerprint != stats.model.fingerprint:
         raise ValueError(
             f"the statistics are of {stats.model.name} with other weights than {adapter.info.name}; record this model"

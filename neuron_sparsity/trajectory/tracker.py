@@ -16,6 +16,7 @@ from neuron_sparsity import kernels
 from neuron_sparsity.adapter import MLPAdapter
 from neuron_sparsity.cett_search import MIN_CETT
 from neuron_sparsity.corpus import Windows, load_corpus
+from neuron_sparsity.entry import check_windows
 from neuron_sparsity.errors import MeasurementError, ModelError, RunFolderError
 from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.store import RunFolder, provenance, write_json
@@ -326,7 +327,9 @@ class Tracker:
 
     def _cut(self, adapter: MLPAdapter) -> Windows:
         made = load_corpus(self._corpus, adapter.model) if isinstance(self._corpus, str | Path) else self._corpus
-        return made if isinstance(made, Windows) else made(adapter.model)
+        made = made if isinstance(made, Windows) else made(adapter.model)
+        check_windows("windows", made, adapter)
+        return made
 
     def _begin(self, windows: Windows) -> None:
         """Open the folder for these windows, and read what an earlier run has left there."""

@@ -12,6 +12,7 @@ from neuron_sparsity.report import views
 from neuron_sparsity.report._image import colour
 from neuron_sparsity.report._text import count, join, number, replacement, target, visible
 from neuron_sparsity.search import search_name
+from neuron_sparsity.typed import expect
 from neuron_sparsity.viz._display import View
 from neuron_sparsity.viz._measured import figures, on
 
@@ -37,6 +38,8 @@ def removal_curve(removed: AblationResult, *others: AblationResult) -> View:
         ValueError: If a rise is NaN, no point can be drawn, or results are of different models or texts.
     """
     results = (removed, *others)
+    for given in results:
+        expect("removed", given, "AblationResult")
     for other in others:
         _same(removed, other)
     drawn = [_points(result) for result in results]
@@ -109,6 +112,7 @@ def pareto(result: ParetoResult) -> View:
     Raises:
         ValueError: If a point is NaN, or there is none.
     """
+    expect("result", result, "ParetoResult")
     points = [(curve.label, point) for curve in result.curves for point in curve.points]
     if not points:
         raise ValueError("the result has no pass that can be drawn")
@@ -130,6 +134,7 @@ def cett_curves(result: SparsityResult) -> View:
     Raises:
         ValueError: If a curve is NaN, its two lists differ in length, or there is none.
     """
+    expect("result", result, "SparsityResult")
     curves = [curve for curve in result.curves if len(curve["cett"])]
     if not curves:
         raise ValueError("the result holds no CETT curves")

@@ -17,6 +17,7 @@ from neuron_sparsity.report._fragments import figure, folded, pairs, shaded_text
 from neuron_sparsity.report._text import count, join, number, visible, visible_token
 from neuron_sparsity.statistics import CONTEXT_BEFORE
 from neuron_sparsity.taxonomy.files import ROLES
+from neuron_sparsity.typed import expect
 from neuron_sparsity.viz._checks import MOST_BYTES, finite, fits, matrix, row_of, same_length
 from neuron_sparsity.viz._display import View
 from neuron_sparsity.viz._measured import figures, on
@@ -271,6 +272,8 @@ def topk(ranking: TokenRanking, other: TokenRanking | None = None, *, layer: int
         ValueError: If the two are of different passages or models or the same end, there is no such layer, a
             contribution is NaN, or the page would be too large.
     """
+    for name, end in (("ranking", ranking), ("other", other or ranking)):
+        expect(name, end, "TokenRanking")
     ends = sorted([ranking] if other is None else [ranking, other], key=lambda end: not end.largest)
     layers, tokens = list(ranking.model.layers), list(ranking.token_strings)
     _same_passage(ends)

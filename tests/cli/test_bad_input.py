@@ -193,6 +193,17 @@ def test_rank_of_more_neurons_than_there_are(whole_run: Callable[[], Path], cli:
 # --- the out folder
 
 
+def test_rank_by_frequency_without_thresholds(
+    measure: Callable[..., Any], cli: Callable[..., Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    assert measure("record", "--out", folder, "--quiet").code == 0
+    said = cli("rank", folder, "--by", "activation_frequency").error()
+    assert said.endswith(
+        "not recorded under thresholds, which --by activation_frequency counts; `neuron-sparsity report` does that"
+    )
+
+
 def test_folder_that_cannot_be_written(measure: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file/run", "/proc/run", "/dev/null"):

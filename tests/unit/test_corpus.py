@@ -504,8 +504,8 @@ def test_bad_utf8_inside_a_stretch_names_the_position_in_the_file(tmp_path):
 def test_source_that_is_not_there(source, shown):
     expected = (
         rf"^no file and no built-in text is called '{shown}'; "
-        r"pass a UTF-8 text file, a built-in text \(sotu\) or hf:DATASET$"
-    )
+        r"pass a UTF-8 text file, a built-in text \(sotu\) or hf:DATASET"
+    ) + (r" \(or, if this is the text itself, cut it with ns\.windows_from_text\)$" if " " in source else "$")
     with pytest.raises(CorpusError, match=expected):
         load_corpus(source, MODEL)
 

@@ -453,3 +453,22 @@ def test_tensors_are_written_as_the_library_writes_them(tmp_path: Path) -> None:
     header = json.dumps({"schema": 1, "text": "</\u00e9\n"})
     expected = save({name: value.contiguous() for name, value in tensors.items()}, {"header": header})
     assert (tmp_path / "x").read_bytes() == expected
+
+
+def test_only_what_differs_from_another_run_is_told(tmp_path: Path) -> None:
+    corpus = {"name": "sotu", "sha256": "70ea" * 16, "n_tokens": 4096, "window": 512}
+    RunFolder(tmp_path, {"kind": "run", "corpus": corpus})
+    more = {"kind": "run", "corpus": corpus | {"n_tokens": 8192, "sha256": "b1c3" * 16}}
+    said = refusal(lambda: RunFolder(tmp_path, more))
+    assert said.startswith(f"{tmp_path} holds another run (corpus.n_tokens: 4096, not 8192; corpus.sha256: ")
+    assert said.endswith("; name another folder with --out")
+    same_size = {"kind": "run", "corpus": corpus | {"sha256": "b1c3" * 16}}
+    assert "holds another run (corpus.sha256: " in refusal(lambda: RunFolder(tmp_path, same_size))
+
+
+@pytest.mark.parametrize(("name", "command"), [("statistics.safetensors", "record"), ("ablation.json", "ablate")])
+def test_a_missing_file_names_the_command_that_writes_it(tmp_path: Path, name: str, command: str) -> None:
+    path = tmp_path / name
+    read = read_tensors if path.suffix == ".safetensors" else read_json
+    expected = f"the step that writes it has not run (`neuron-sparsity {command}` writes it)"
+    assert refusal(lambda: read(path)) == f"{path} does not exist; {expected}"
