@@ -12,6 +12,7 @@ from neuron_sparsity.pareto import ParetoResult, RuleAnswer
 from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
+from neuron_sparsity.wording import no_shorter, times
 
 if TYPE_CHECKING:
     from neuron_sparsity.study import StudyResult
@@ -231,7 +232,7 @@ def _control_line(control: dict[str, Any]) -> str:
     seeds, spread = control["seeds"], control["sd_percent"]
     line += f" (mean of {len(seeds)} seeds, sd {spread:.3f}" if spread is not None else " (1 seed"
     line += f"; {control['n_tokens']:,} tokens)"
-    return line if control["ratio"] is None else f"{line}, {control['ratio']:.2f} times the damage of this ranking"
+    return line if control["ratio"] is None else f"{line}, {times(control)} the damage of this ranking"
 
 
 def _heldout_lines(heldout: dict[str, Any]) -> list[str]:
@@ -250,8 +251,8 @@ def _heldout_lines(heldout: dict[str, Any]) -> list[str]:
             f"  the {holding['n_removable']:,} weakest hold there ({holding['ppl_increase_percent']:+.3f} %{upper}), "
             "chosen on that text"
         )
-    elif not heldout["holds"] and "holding" in heldout:
-        lines.append(f"  no shorter set holds there of {heldout['holding_tried']} that were tried")
+    elif no_shorter(heldout):
+        lines.append(f"  {no_shorter(heldout)}")
     return lines
 
 

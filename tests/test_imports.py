@@ -62,6 +62,7 @@ ROOMS = [
     "removal",
     "confirmation",
     "ablation",
+    "wording",
     "checkpoint",
     "model_card",
     "surgery",

@@ -194,7 +194,8 @@ def _truncated(result: SparsityResult) -> str:
 
 
 def _gone(removed: AblationResult) -> str:
-    return f"{count(removed.n_removable)} ({percent_of(removed.n_removable / removed.n_neurons)})"
+    more = "" if removed.resolved else ", perhaps more"
+    return f"{count(removed.n_removable)} ({percent_of(removed.n_removable / removed.n_neurons)}){more}"
 
 
 def _held(removed: AblationResult) -> str:

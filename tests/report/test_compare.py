@@ -46,6 +46,8 @@ def test_every_run_has_its_column(runs: dict[str, dict[str, Any]]) -> None:
     assert ratios[1] == number(large.activation_ratio)
     assert cells(page.html, "can go for good")[0] == "5 (2.60\u00a0%)"
     assert "B · two needs the fewest" in page.html
+    runs["two"]["removed"] = changed(runs["two"]["removed"], resolved=False)
+    assert [", perhaps more" in cell for cell in cells(compare(runs).html, "can go for good")] == [False, True]
     assert page.title == "2 runs side by side"
     assert page.html.count("var CircuitsVis=") == 0  # nothing of it is used here
 
