@@ -180,11 +180,11 @@ def removal_curve(removed: AblationResult) -> str:
     chart.line(points)
     some = {p["n_removed"]: p for p in removed.curve if p.get("standard_error_percent")}
     for removed_count, rise in points:
-        said, few = f"{count(removed_count)} removed: perplexity {signed(rise)}", some.get(removed_count)
+        words, few = f"{count(removed_count)} removed: perplexity {signed(rise)}", some.get(removed_count)
         if few is not None:
-            said += f", estimated from {count(few['n_tokens'])} tokens"
-            said += f", standard error {number(few['standard_error_percent'])} points"
-        chart.point(removed_count, rise, said, style="dot" if few is None else "dot few")
+            words += f", estimated from {count(few['n_tokens'])} tokens"
+            words += f", standard error {number(few['standard_error_percent'])} points"
+        chart.point(removed_count, rise, words, style="dot" if few is None else "dot few")
     said = {
         "control": f"control, {visible(removed.control.get('kind', 'random'))}" if removed.control else "",
         "held": "held-out text",

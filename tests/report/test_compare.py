@@ -116,3 +116,9 @@ def test_hostile_names_are_text(runs: dict[str, dict[str, Any]]) -> None:
     body = re.sub(r"<script>.*?</script>", "", page.html, flags=re.S)
     assert "<img src=x" not in body
     assert "&lt;img src=x onerror=alert(1)&gt;" in body
+
+
+def test_the_target_does_not_look_like_a_run(runs: dict[str, dict[str, Any]]) -> None:
+    html = compare(runs).html.split("</style>")[1]
+    assert html.count('class="asked"') == 4  # a line and its key in two charts
+    assert 'class="target' not in html

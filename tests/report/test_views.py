@@ -328,3 +328,27 @@ def test_points_from_fewer_tokens_are_hollow_and_in_the_key(run: Any) -> None:
     assert "estimated from 1,024 tokens, standard error 0.217 points" in words_of(html)
     assert "estimated from 1,024 to 4,096 of them" in words_of(html)
     assert "few" not in views.removal_curve(run.removed)
+
+
+def test_a_largest_contribution_that_is_no_example_says_where_it_is(run: Any) -> None:
+    assert "first token" not in views.neuron_card(run.stats, 1, 7, n_examples=0)
+    run.stats.contribution_max = run.stats.contribution_max * 1.5
+    assert "(on a window's first token, never an example)" in words_of(views.neuron_card(run.stats, 1, 7))
+    run.stats.contribution_max = run.stats.example_value[..., 0] * 1.00002  # the same in three digits
+    assert "first token" not in views.neuron_card(run.stats, 1, 7)
+
+
+def test_one_token_under_many_neurons_is_remarked_on(run: Any) -> None:
+    mean = run.stats.contribution_sum.ravel()
+    strongest, place = mean.argsort(descending=True)[:8], run.stats.example_position.clone().reshape(mean.numel(), -1)
+    place[:, 0] = torch.arange(mean.numel())
+    for same, said in ((2, False), (3, True)):
+        place[strongest[:same], 0] = 1
+        run.stats.example_position = place.reshape(run.stats.example_position.shape)
+        text = words_of(views.neuron_examples(run.stats))
+        assert ("The top example is the same token for 3 of 8: often an attention sink." in text) is said
+        assert text.count("attention sink") == int(said)
+
+
+def test_the_first_column_of_the_map_is_explained(run: Any) -> None:
+    assert "uses the first token as an attention sink" in words_of(views.passage_map(run.passage))
