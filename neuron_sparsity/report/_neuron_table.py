@@ -114,7 +114,8 @@ def _controls(labels: list[int], counts: Any, removed: AblationResult | None, fo
     shape = Markup(
         '<form class="controls" role="search" aria-label="Neurons"><input type="search" name="find" '
         'placeholder="3:17, L3, 17, or text" aria-label="Layer and neuron, layer, neuron, or text of tokens" '
-        'autocomplete="off" spellcheck="false"><select name="layer" aria-label="Layer"><option value="">all layers</option>{}</select>'
+        'autocomplete="off" spellcheck="false">'
+        '<select name="layer" aria-label="Layer"><option value="">all layers</option>{}</select>'
         '<select name="kind" aria-label="Kind" hidden><option value="">any kind</option></select>'
         '<fieldset><legend class="unseen">Class</legend>{}</fieldset>'
         '<button type="reset">Reset</button><output class="found" aria-live="polite"></output></form>'
