@@ -262,14 +262,26 @@ class PrefixSearch:
     def _owed(self, target: float, count: int, n_windows: int) -> float:
         """Return how much of a pass is still to be made for an answer after the next one."""
         low = self.bracket(target)[0]
-        if low:
-            return 0.0 if low == count else self._missing(low)
-        return 1 - n_windows / self.measured.windows.n_windows
+        if not low:
+            return 1 - n_windows / self.measured.windows.n_windows
+        owed = 0.0 if low == count else self._missing(low)
+        # Until something is known to hold on all windows, what seems to hold may still turn out not to.
+        return owed if self.answer(target) else max(owed, self._reserve(target, count))
+
+    def _reserve(self, target: float, count: int) -> float:
+        """Return the least that an answer costs beside a count: one that holds as far as its windows can tell."""
+        holds = (n for n in self.counts() if n != count and self.estimate(n)[0] <= target and self.clear(n, target))
+        return min(map(self._missing, holds), default=0.0)
 
     def _settle(self, target: float, limit: float) -> None:
-        """Measure the largest count that seems to hold, and can still be paid for, on all windows."""
+        """Measure the largest count that seems to hold, and can still be paid for, on all windows.
+
+        Until there is an answer, one that is close to the target must leave enough for one that is not.
+        """
         for n in sorted(self.counts(), reverse=True):
-            if self.estimate(n)[0] <= target and self.removals.passes + self._missing(n) <= limit + 1e-9:
+            left = limit - self.removals.passes - self._missing(n) + 1e-9
+            close = not self.answer(target) and not self.clear(n, target)
+            if self.estimate(n)[0] <= target and left >= (self._reserve(target, n) if close else 0.0):
                 self.removals.prefix(self.text, n)
                 if self.estimate(n)[0] <= target:
                     return

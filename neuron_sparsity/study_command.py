@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import shlex
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -67,7 +68,8 @@ def study(
         if text:
             found = dataclasses.replace(found, text=dataclasses.replace(found.text, source=tuple(text)))
         if out is None or dry_run:
-            _say_plan(found, as_json=as_json)
+            if launched()[0] == 0:
+                _say_plan(found, _arguments(preset, config, text, out, found.name), as_json=as_json)
             return
         with redirect_stdout(io.StringIO()):  # stdout is for results, and some libraries print there
             run_study(found, out, only=only or (), jobs=jobs, device=device, progress=progress)
@@ -81,12 +83,20 @@ def _file(path: Path) -> Path:
     return path
 
 
-def _say_plan(config: StudyConfig, *, as_json: bool) -> None:
+def _arguments(preset: str | None, config: Path | None, text: list[str] | None, out: Path | None, name: str) -> str:
+    """Return what starts the study, behind the name of the program."""
+    arguments = ["study", *(["--preset", preset or "tiny"] if config is None else ["--config", str(config)])]
+    arguments += ["--text", *text] if text else []
+    return shlex.join([*arguments, "--out", str(Path("runs") / name if out is None else out)])
+
+
+def _say_plan(config: StudyConfig, arguments: str, *, as_json: bool) -> None:
     from neuron_sparsity.study import plan_rows
 
     rows = plan_rows(config)
+    start = {"one": f"neuron-sparsity {arguments}", "several": f"accelerate launch -m neuron_sparsity {arguments}"}
     if as_json:
-        print_json({"config": config.to_json(), "models": rows})
+        print_json({"config": config.to_json(), "models": rows, "start": start})
         return
     plan = config.training
     say(f"{config.name}: {config.about}")
@@ -103,6 +113,8 @@ def _say_plan(config: StudyConfig, *, as_json: bool) -> None:
             f"{counts['total']:.3g} in all; {row['runs']} runs of {row['tokens']:.3g} tokens, "
             f"{row['operations']:.2g} operations"
         )
+    say(f"start it in one process: {start['one']}")
+    say(f"in one for each GPU, a number that divides the batch of {plan.batch}: {start['several']}")
 
 
 def _show(folder: Path, *, quiet: bool, as_json: bool) -> None:

@@ -204,10 +204,10 @@ def _removal_lines(removed: AblationResult) -> list[str]:
     ]
     if not removed.reached:
         lines.append(f"  {removed.p_percent:g} % is not reached: no set that was tried costs more")
-    elif removed.n_removable == 0:
+    elif removed.n_removable == 0 and removed.resolved:
         lines.append("  already the weakest neuron of this ranking costs more")
     if not removed.resolved:
-        lines.append("  the passes of the search were spent before it was known to 1 %: more may go")
+        lines.append(f"  {_unsettled(removed)}")
     if removed.control is not None:
         lines.append(_control_line(removed.control))
     elif removed.n_removable:
@@ -215,6 +215,15 @@ def _removal_lines(removed: AblationResult) -> list[str]:
     if removed.heldout is not None:
         lines += _heldout_lines(removed.heldout)
     return lines
+
+
+def _unsettled(removed: AblationResult) -> str:
+    """What a search whose passes were spent has left open."""
+    n, whole = removed.n_removable, removed.corpus["n_tokens"]
+    over = [int(point["n_removed"]) for point in removed.curve if point["n_removed"] > n and point["n_tokens"] == whole]
+    if not over:
+        return "the passes of the search were spent: more may go"
+    return f"the passes of the search were spent: {min(over):,} cost more, not all between and above was measured"
 
 
 def _ranked_on(removed: AblationResult) -> str:

@@ -53,7 +53,8 @@ def check_ratios(name: str, y: Array) -> None:
     outside = np.flatnonzero((y < 0) | (y > 1))
     if len(outside):
         i = int(outside[0])
-        raise ValueError(f"{name} must be in [0, 1], got {y[i]:g} at position {i}; divide percentages by 100")
+        mend = "divide percentages by 100" if y[i] > 1 else "leave that point out"
+        raise ValueError(f"{name} must be in [0, 1], got {y[i]:g} at position {i}; {mend}")
 
 
 def check_level(level: float) -> None:

@@ -22,6 +22,8 @@ _EXPECTED = (
     '"token_passed" and "activation_ratio"'
 )
 
+_OF_A_STUDY = Path("runs", "NAME", "track")
+
 
 class Points(NamedTuple):
     """A curve as it was read: `fit_law(*points)` fits it.
@@ -59,6 +61,8 @@ def read_points(path: str | Path) -> Points:
     """
     path = Path(path).expanduser()
     if path.is_dir():
+        if (path / "study.json").is_file():
+            raise RunFolderError(f"{path} holds a study, of several curves; pass one of them, {path / _OF_A_STUDY}")
         path = path / "trajectory.json"
         if path.exists() and not path.is_file():
             raise RunFolderError(f"{path} is no file; pass {_EXPECTED}")
@@ -104,6 +108,8 @@ def _from_json(path: Path, text: str) -> tuple[list[Any], list[Any]]:
                     f"{path}: point {i} has no {' and no '.join(missing)}; measure it again or remove it"
                 )
         return [point["tokens"] for point in points], [point["activation_ratio"] for point in points]
+    if isinstance(data.get("runs"), list):
+        raise RunFolderError(f"{path} holds a study, of several curves; pass one of them, {path.parent / _OF_A_STUDY}")
     if isinstance(data.get("token_passed"), list) and isinstance(data.get("activation_ratio"), list):
         return data["token_passed"], data["activation_ratio"]
     raise RunFolderError(f"{path} has the keys {_listed(data)}; pass {_EXPECTED}")

@@ -133,7 +133,8 @@ def heat(
     shape = Markup(
         '<div class="heat" data-heat><div class="rows" aria-hidden="true"><span>{first}</span><span>layer</span>'
         '<span>{last}</span></div><div class="field" tabindex="0" role="img" aria-label="{alt}">'
-        '<img src="{uri}" alt="{alt}" class="{pixels}" style="--rows:{count}"><span class="cursor" hidden></span></div>'
+        '<img src="{uri}" alt="{alt}" width="600" class="{pixels}" style="--rows:{count}">'
+        '<span class="cursor" hidden></span></div>'
         '<output class="readout" aria-live="polite"></output><div class="legend"><span>{low}</span>'
         '<span class="ramp" style="background:linear-gradient(90deg,{ramp})"></span><span>{high}</span>'
         "<span>{quantity}</span>{mark}</div>{data}</div>"

@@ -53,13 +53,13 @@ class TrainingPlan:
     Attributes:
         steps: Optimizer steps.
         batch: Windows a step, over all devices.
-        device_batch: Windows a device takes at once; what is missing to `batch` is accumulated.
+        device_batch: Windows a device takes at once, at most; what is missing to `batch` is accumulated.
         learning_rate: That of the stable phase.
         warmup_steps: Steps of linear warm-up.
         decay_steps: Steps of decay at the end, to a tenth of the rate.
         weight_decay: Of AdamW.
         adam_beta2: Of AdamW.
-        max_grad_norm: Gradients are clipped to this norm.
+        max_grad_norm: Gradients are clipped to this norm; not at all if it is 0.
         bf16: Whether to train in bfloat16 where there is a GPU.
         checkpoints: How many are kept and measured.
         first_checkpoint: Step of the first.
@@ -266,7 +266,19 @@ def _built(kind: Any, data: Any, where: str, prefix: str) -> Any:
     try:
         return checked(kind(**values))
     except TypeError as error:
-        raise ValueError(f"{where}: {prefix}{error}") from error
+        raise ValueError(f"{where}: {prefix}{_of_files(str(error))}") from error
+
+
+def _of_files(said: str) -> str:
+    """Return an error in the words of the file instead of Python's."""
+    words = {
+        "tuple[str, ...]": 'a list of strings, as ["..."]',
+        "tuple[int, ...]": "a list of whole numbers, as [0, 1]",
+        "tuple[ModelShape, ...]": "a list of tables, each under [[models]]",
+    }
+    for ours, theirs in words.items():
+        said = said.replace(ours, theirs, 1)
+    return said
 
 
 def _check(config: StudyConfig, where: str) -> None:
@@ -280,6 +292,13 @@ def _check(config: StudyConfig, where: str) -> None:
         if not (math.isfinite(value) and value > 0):
             raise ValueError(f"{where}: {name} must be > 0, got {value}")
     problems = {
+        f"text.window must be at least 2: a token, and the next one, got {text.window}": text.window < 2,
+        f"text.measure_tokens {text.measure_tokens} is less than a window of {text.window}": (
+            text.measure_tokens < text.window
+        ),
+        f"training.weight_decay must be >= 0, got {plan.weight_decay}": not 0 <= plan.weight_decay < math.inf,
+        f"training.adam_beta2 must be in [0, 1), got {plan.adam_beta2}": not 0 <= plan.adam_beta2 < 1,
+        f"training.max_grad_norm must be >= 0, got {plan.max_grad_norm}": not 0 <= plan.max_grad_norm < math.inf,
         f"text.vocab must be at least 257 (every byte, and the end of a document), got {text.vocab}": text.vocab < 257,
         f"text.heldout_every must be at least 2, got {text.heldout_every}": text.heldout_every < 2,
         "text.source names no text": not text.source,

@@ -19,15 +19,17 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from neuron_sparsity.errors import MeasurementError
 from neuron_sparsity.parallel import launched
 from neuron_sparsity.perplexity import Progress
-from neuron_sparsity.store import RunFolder, provenance, write_bytes, write_json
+from neuron_sparsity.store import RunFolder, provenance, read_json, write_bytes, write_json
 from neuron_sparsity.study import fitting
+from neuron_sparsity.study.alone import alone
 from neuron_sparsity.study.config import RunPlan, StudyConfig
 from neuron_sparsity.study.measuring import Patterns, follow, patterns_of
 from neuron_sparsity.study.result import STUDY_FILE, StudyResult, StudyRun
@@ -42,6 +44,7 @@ PARENT = "NEURON_SPARSITY_STUDY_PARENT"
 """Set for the processes of `jobs`: the process that started them, without which they end."""
 
 _POLL_SECONDS = 0.5
+_OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def study(
@@ -69,8 +72,9 @@ def study(
     Raises:
         CorpusError: If the text cannot be read or is too short.
         MeasurementError: If a run fails.
-        RunFolderError: If the folder cannot be written or holds another study.
-        ValueError: If `only` names no run, or `jobs` is less than 1.
+        RankError: If another of the processes that a launcher started is gone.
+        RunFolderError: If the folder cannot be written, holds another study, or another process works in it.
+        ValueError: If `only` names no run, `jobs` is less than 1, or more than 1 under a launcher of several processes.
 
     Example:
         >>> from neuron_sparsity.study import load_config, study
@@ -82,26 +86,40 @@ def study(
         raise ValueError(f"device must be 'cpu' or None, got {device!r}; accelerate launch chooses GPUs")
     plans, root, (rank, n_ranks) = chosen(config, only), Path(folder), launched()
     if n_ranks > 1 and jobs > 1:
-        raise ValueError("jobs are for one process; several ranks train one run together")
+        raise ValueError(
+            f"{n_ranks} processes train one run together, so jobs must be 1, got {jobs}; leave out --jobs, or "
+            "start the study without torchrun and accelerate launch"
+        )
     if rank == 0:
-        RunFolder(root, _request(config))
-        if not (root / "config.json").is_file():
-            write_bytes(root / "config.json", _config_text(config))
+        _open(root, config)
     _end_with_parent()
     text = prepare(config, root / "text", progress)
     if jobs > 1 and len(plans) > 1:
         _in_processes(plans, config, root, jobs, device, progress)
     else:
-        for run in plans:
-            train(run, config, text, _checkpoints(root, run), cpu=device == "cpu", progress=progress)
-        if rank == 0:
+        with _held([run for run in plans if rank == 0 and not _measured(run, config, root)], root):
             for run in plans:
-                _measure(run, config, text, root, device, progress)
+                train(run, config, text, _checkpoints(root, run), cpu=device == "cpu", progress=progress)
+            if rank == 0:
+                for run in plans:
+                    _measure(run, config, text, root, device, progress)
     if rank > 0 or PARENT in os.environ:  # another process puts the results together
         return _collect((), config, text, root)
     found = _collect(config.runs(), config, text, root)
     write_json(root / STUDY_FILE, found.to_json())
     return found
+
+
+def _open(root: Path, config: StudyConfig) -> None:
+    """Open the folder of a study; one that has not come to its text yet is free for another configuration."""
+    request, path = _request(config), root / "run.json"
+    if path.is_file() and not (root / "text" / "data.json").is_file() and read_json(path).get("kind") == "study":
+        with alone(root / "text", "the text"):
+            write_json(path, request)
+            (root / "config.json").unlink(missing_ok=True)
+    RunFolder(root, request)
+    if not (root / "config.json").is_file():
+        write_bytes(root / "config.json", _config_text(config))
 
 
 def chosen(config: StudyConfig, only: Sequence[str] = ()) -> tuple[RunPlan, ...]:
@@ -168,6 +186,15 @@ def _collect(plans: Sequence[RunPlan], config: StudyConfig, text: StudyText, roo
     )
 
 
+@contextmanager
+def _held(plans: Sequence[RunPlan], root: Path) -> Iterator[None]:
+    """Keep other processes away from the folders of runs."""
+    with ExitStack() as stack:
+        for run in plans:
+            stack.enter_context(alone(root / "runs" / run.name, f"run {run.name}"))
+        yield
+
+
 def _measure(
     run: RunPlan, config: StudyConfig, text: StudyText, root: Path, device: str | None, progress: Progress | None
 ) -> None:
@@ -217,6 +244,8 @@ def _in_processes(
     own = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", PARENT: str(os.getpid())}
     package = str(Path(__file__).parents[2])
     own["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    # Of a launcher's single process: those that it starts are none of the launcher's.
+    kept = {name: value for name, value in os.environ.items() if name not in _OF_LAUNCHERS and "ELASTIC" not in name}
     running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
     failed = ""
     try:
@@ -227,7 +256,7 @@ def _in_processes(
                 command += ["--out", str(root), "--only", name, "--quiet", *(["--device", device] if device else [])]
                 errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed when the process has ended)
                 process = subprocess.Popen(
-                    command, env=os.environ | own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
+                    command, env=kept | own, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors
                 )
                 running[name] = (process, errors)
             for name, (process, said) in list(running.items()):

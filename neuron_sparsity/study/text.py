@@ -30,6 +30,7 @@ from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.rows import stream_texts
 from neuron_sparsity.sources import Document, open_source
 from neuron_sparsity.store import read_json, read_tensors, write_json, write_tensors
+from neuron_sparsity.study.alone import alone
 from neuron_sparsity.study.config import StudyConfig
 
 __all__ = ["END", "StudyText", "TokenRows", "documents", "prepare"]
@@ -103,8 +104,9 @@ def prepare(config: StudyConfig, folder: Path, progress: Progress | None = None)
         while not path.is_file():
             time.sleep(_WAIT_SECONDS)
     elif not path.is_file():
-        folder.mkdir(exist_ok=True)
-        _prepare(config, folder, progress)
+        with alone(folder, "the text"):
+            if not path.is_file():  # else whoever held it has made it
+                _prepare(config, folder, progress)
     facts = read_json(path)
     tensors, header = read_tensors(folder / "heldout.safetensors")
     names = tuple(header["documents"])

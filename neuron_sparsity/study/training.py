@@ -1,7 +1,8 @@
 """One model of a study, trained by the Hugging Face `Trainer`, with checkpoints on a schedule of its own.
 
 Killed at any moment, training goes on from the last checkpoint that is whole, with the same windows in the same order.
-Under `accelerate launch` or `torchrun` the Trainer spreads the batch over the processes.
+Under `accelerate launch` or `torchrun` the Trainer spreads the batch over the processes: a step takes the same windows,
+however many there are, and what one number of processes has begun another can go on with.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from neuron_sparsity.errors import MeasurementError
+from neuron_sparsity.errors import MeasurementError, RankError
 from neuron_sparsity.parallel import launched
+from neuron_sparsity.parallel.process import brief
 from neuron_sparsity.perplexity import Progress
-from neuron_sparsity.study.config import ModelShape, RunPlan, StudyConfig
+from neuron_sparsity.store import write_bytes
+from neuron_sparsity.study.config import ModelShape, RunPlan, StudyConfig, TrainingPlan
 from neuron_sparsity.study.text import StudyText
 
-__all__ = ["checkpoint_path", "llama_config", "losses", "parameter_counts", "trained", "train"]
+__all__ = ["checkpoint_path", "llama_config", "losses", "parameter_counts", "shares", "trained", "train"]
 
 _STATE = "trainer_state.json"
 _NOT_WEIGHTS = ("optimizer*", "scheduler.pt", "scaler.pt", "rng_state*", "training_args.bin", "pytorch_model_fsdp*")
@@ -93,6 +96,7 @@ def train(
 
     Raises:
         MeasurementError: If the loss is no number any more.
+        RankError: If another of the processes that train together is gone.
         ValueError: If the batch cannot be shared among the processes, or accelerate is not installed.
     """
     if not trained(folder, config):
@@ -100,6 +104,30 @@ def train(
     if launched()[0] == 0:
         for step in config.training.checkpoint_steps():
             _keep_weights_only(checkpoint_path(folder, step))
+
+
+def shares(plan: TrainingPlan, n_processes: int) -> tuple[int, int]:
+    """Return how many windows a process takes at once, and how many times before a step of the optimizer.
+
+    Times `n_processes` they are the batch; at once it is `device_batch`, or the largest divisor of a process' share
+    below it.
+
+    Raises:
+        ValueError: If the batch cannot be shared.
+
+    Example:
+        >>> plan = TrainingPlan(500, 16, 8, 1e-3, 20, 50)
+        >>> [shares(plan, n) for n in (1, 2, 4)]
+        [(8, 2), (8, 1), (4, 1)]
+    """
+    if plan.batch % n_processes:
+        raise ValueError(
+            f"training.batch {plan.batch} cannot be shared by {n_processes} processes; start a number of them that "
+            "divides it, or change it, with --config"
+        )
+    share = plan.batch // n_processes
+    at_once = next(n for n in range(min(plan.device_batch, share), 0, -1) if share % n == 0)
+    return at_once, share // at_once
 
 
 def losses(folder: Path, config: StudyConfig) -> list[dict[str, float]]:
@@ -119,19 +147,48 @@ def _train(
         raise ValueError('training needs the package accelerate: pip install "neuron-sparsity[study]"')
     from transformers import LlamaForCausalLM, PrinterCallback, Trainer, default_data_collator, set_seed
 
+    arguments = _arguments(run, config, folder, cpu)
     last = _last_whole(folder, keep=launched()[0] > 0)
+    if last is not None:
+        _fit_processes(last, arguments.per_device_train_batch_size)
     set_seed(run.seed)
     model = LlamaForCausalLM(llama_config(run.model, run.activation, config))
     trainer = Trainer(
         model=model,
-        args=_arguments(run, config, folder, cpu),
+        args=arguments,
         train_dataset=text.rows(),
         data_collator=default_data_collator,  # windows are of one length: nothing is padded
         processing_class=text.tokenizer,
         callbacks=[_OnSchedule(config, run.name, progress)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints every loss to stdout, which is for results
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    try:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    except RuntimeError as error:
+        if launched()[1] == 1 or not _is_of_a_connection(error):
+            raise
+        raise RankError(
+            f"another process of this training is gone ({brief(error)}); it says why, or was killed; "
+            "the same command goes on from the last checkpoint"
+        ) from error
+
+
+def _is_of_a_connection(error: RuntimeError) -> bool:
+    return isinstance(error, torch.distributed.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))
+
+
+def _fit_processes(path: Path, device_batch: int) -> None:
+    """Ready a checkpoint to be gone on from by this number of processes, whatever their number was.
+
+    Older transformers take the batch of one device from the checkpoint, and the global one would grow. And of several
+    processes all but the first may write their state of random numbers after the file that says a checkpoint is whole,
+    so a kill can leave half of it. Nobody needs it: nothing is drawn while a model trains, and the order of the windows
+    is the seed's.
+    """
+    state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+    if state.get("train_batch_size") != device_batch:  # every process writes the same, and none sees half of it
+        write_bytes(path / _STATE, json.dumps(state | {"train_batch_size": device_batch}, indent=2).encode())
+    (path / f"rng_state_{launched()[0]}.pth").unlink(missing_ok=True)
 
 
 class _OnSchedule(TrainerCallback):
@@ -169,18 +226,13 @@ def _arguments(run: RunPlan, config: StudyConfig, folder: Path, cpu: bool) -> An
     from transformers import TrainingArguments
 
     plan = config.training
-    each = plan.device_batch * launched()[1]
-    if plan.batch % each:
-        raise ValueError(
-            f"training.batch {plan.batch} must be a multiple of device_batch {plan.device_batch} times "
-            f"{launched()[1]} processes; change one of them, with --config"
-        )
+    device_batch, accumulated = shares(plan, launched()[1])
     on_gpu = torch.cuda.is_available() and not cpu
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=plan.steps,
-        per_device_train_batch_size=plan.device_batch,
-        gradient_accumulation_steps=plan.batch // each,
+        per_device_train_batch_size=device_batch,
+        gradient_accumulation_steps=accumulated,
         learning_rate=plan.learning_rate,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": plan.decay_steps, "min_lr_ratio": 0.1},
@@ -201,6 +253,10 @@ def _arguments(run: RunPlan, config: StudyConfig, folder: Path, cpu: bool) -> An
         ddp_find_unused_parameters=False,  # there are none
         dataloader_pin_memory=on_gpu,
     )
+    # One process takes one GPU: with more in sight the Trainer would take so many times the windows.
+    if arguments.device is not None and arguments.n_gpu > 1:  # asking for the device counts them
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _last_whole(folder: Path, *, keep: bool) -> Path | None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -136,6 +137,7 @@ def resolve(
             found.append(replace(item, tokens=_counted(item.label, item.tokens)))
             continue
         label, source = _named(item)
+        _refuse_a_folder_of_several(source)
         tokens = given.get(label)
         if tokens is None:
             tokens = training_tokens_of(label, tokens_per_step=tokens_per_step)
@@ -212,6 +214,19 @@ def _named(item: Any) -> tuple[str, str | Callable[[], Any]]:
         f"a checkpoint must be a folder, a name, or (label, callable), got {type(item).__name__}; "
         "a model in memory is ('label', lambda: model)"
     )
+
+
+def _refuse_a_folder_of_several(source: Any) -> None:
+    """Tell whoever names the folder of a Trainer which folders in it are meant."""
+    if callable(source) or not os.path.isdir(source):  # noqa: PTH112 (False, and no error, for a name no file can have)
+        return
+    if (Path(source) / "config.json").is_file():
+        return
+    inside = sorted(path.parent.name for path in Path(source).glob("*/config.json"))
+    if inside:
+        raise ValueError(
+            f"{source} is no checkpoint but a folder of {len(inside)}, such as {inside[-1]}; name them: {source}/*"
+        )
 
 
 def _counted(label: str, tokens: Any) -> int:

@@ -31,17 +31,32 @@ if TYPE_CHECKING:
 
 __all__ = ["Assets", "View", "assets"]
 
-_CONNECT = "window.neuronSparsity && window.neuronSparsity();"
+_CONNECT = """document.querySelectorAll(".ns-view .drawing").forEach((drawing) => drawing.removeAttribute("style"));
+window.neuronSparsity && window.neuronSparsity();"""
 _UNPACK = """(async () => {
   if (window.CircuitsVis) return;
   const packed = Uint8Array.from(atob("%s"), (character) => character.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   const script = document.createElement("script");
   script.textContent = await new Response(stream).text();
+  if (window.CircuitsVis) return; // two notebooks of one page unpack side by side
   document.head.append(script);
   window.neuronSparsity();
 })();"""
-_RESET = "dt, dd { float: none; width: auto; padding: 0; }"  # Jupyter floats them
+# Jupyter floats lists of terms and stripes tables.
+_RESET = """&.ns-view :is(dt, dd) { float: none; width: auto; padding: 0; }
+&.ns-view tbody tr:nth-child(n) { background: none; }
+&[data-theme] > .plain { display: none; }
+&[data-theme] .drawing { display: contents !important; }"""
+_NO_MATH = "tex2jax_ignore mathjax_ignore"  # JupyterLab typesets what stands between two dollars
+# What a host that trusts nothing lets through has no style sheet, no scripts, no data attributes, and of a drawing its
+# labels only, run together: they stay hidden, and what to do is said.
+_PLAIN = (
+    '<p class="plain">Without its style sheet, scripts and curves, because the notebook is not trusted here. If you '
+    "trust it, say so (JupyterLab: Trust Notebook in the command palette; VS Code: trust the folder), or run its "
+    "cells. If it is trusted, <code>ns.viz.assets()</code> in a cell of its own mends this.</p>"
+)
+_DRAWING = re.compile(r"<svg\b.*?</svg>", re.DOTALL)
 _FIGURES = ("svg", "png", "pdf")
 
 
@@ -108,15 +123,16 @@ class View:
         return str(shape.format(policy, visible(self.title), Markup(_style()), self._body(), scripts))
 
     def _body(self) -> Markup:
-        layout = "display:grid;grid-template-columns:minmax(0,1fr);gap:.8rem"
-        shape = Markup('<div class="fragment" style="{}"><p class="measured">{}</p>{}</div>')
-        return shape.format(layout, visible(self.measured), Markup(self.fragment))
+        layout = "display:grid;grid-template-columns:minmax(0,1fr);gap:.8rem;overflow-wrap:break-word"
+        shape = Markup('<div class="fragment {}" style="{}"><p class="measured">{}</p>{}</div>')
+        return shape.format(_NO_MATH, layout, visible(self.measured), Markup(self.fragment))
 
     def _repr_html_(self) -> str:
         """Return the view for a notebook, with what its page does not have yet."""
         carried = _PAGE.carried(bundle="data-widget=" in self.fragment)
-        shape = Markup('{}<div class="ns-view" data-theme="auto">{}</div><script>{}</script>')
-        return str(shape.format(Markup(carried), self._body(), Markup(_CONNECT)))
+        body = _DRAWING.sub(r'<span class="drawing" style="display:none">\g<0></span>', str(self._body()))
+        shape = Markup('{}<div class="ns-view" data-theme="auto">{}{}</div><script>{}</script>')
+        return str(shape.format(Markup(carried), Markup(_PLAIN), Markup(body), Markup(_CONNECT)))
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ def test_it_prints_coefficients_intervals_and_rivals(cli: Callable[..., Any], tm
     [
         (RATIOS[:3], (), "points"),
         ([*RATIOS[:5], 1.5, *RATIOS[6:]], (), "1.5"),
+        ([100 * ratio for ratio in RATIOS], (), "divide percentages by 100"),
+        ([*RATIOS[:-1], -0.1], (), "-0.1 at position 29; leave that point out"),
         ([*RATIOS[:5], math.nan, *RATIOS[6:]], (), "nan"),
         (RATIOS, ("--law", "gelu"), "gelu"),
         (RATIOS, ("--drop-first", "-1"), "-1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,43 @@ def test_a_dry_run_says_what_would_be_trained(cli: Callable[..., Any]) -> None:
     assert found["config"]["training"]["device_batch"] == 16
     again = cli("study", "--dry-run", "--text", "hf:some/text", "--json").json
     assert again["config"]["text"]["source"] == ["hf:some/text"]
+
+
+def test_what_starts_a_plan_is_what_accelerate_takes(cli: Callable[..., Any], file: Callable[..., Path]) -> None:
+    launch = pytest.importorskip("accelerate.commands.launch")
+    path = file()
+    path = path.rename(path.with_name("my study.json"))
+    for options in (("--preset", "paper-0.4b"), ("--config", path, "--text", "a b.txt", "c.txt", "--out", "elsewhere")):
+        plan = cli("study", *options, "--dry-run")
+        start = cli("study", *options, "--dry-run", "--json").json["start"]
+        assert plan.out.splitlines()[-2].endswith(f" {start['one']}")
+        assert plan.out.splitlines()[-1].endswith(f" {start['several']}")
+        one, several = (shlex.split(start[name]) for name in ("one", "several"))
+        assert several[:2] == ["accelerate", "launch"]
+        found = launch.launch_command_parser().parse_args(several[2:])
+        assert (found.module, found.training_script) == (True, "neuron_sparsity")
+        assert ["neuron-sparsity", *found.training_script_args] == one
+        assert (
+            cli(*one[1:], "--dry-run", "--json").json["config"]
+            == cli(*several[4:], "--dry-run", "--json").json["config"]
+        )
+        assert one[-1] == ("elsewhere" if "--out" in options else "runs/paper-0.4b")
+
+
+def test_several_processes(
+    cli: Callable[..., Any], file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wrong options are told by each, a plan by the first."""
+    for rank in (0, 1):
+        where = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "localhost", "MASTER_PORT": 1}
+        for name, value in where.items():
+            monkeypatch.setenv(name, str(value))
+        error = cli("study", "--config", file(), "--jobs", 2, "--out", tmp_path / "x").error()
+        assert error.startswith(
+            f"error: rank {rank} of 2: 2 processes train one run together, so jobs must be 1, got 2;"
+        )
+        assert bool(cli("study", "--dry-run").out) == (rank == 0)
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_study_from_a_file(cli: Callable[..., Any], file: Callable[..., Path], tmp_path: Path) -> None:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from neuron_sparsity.adapter import attach, load_model
-from neuron_sparsity.errors import CorpusError, MeasurementError, RunFolderError
+from neuron_sparsity.errors import CorpusError, MeasurementError, RankError, RunFolderError
 from neuron_sparsity.recorder import record
 from neuron_sparsity.study import RunPlan, StudyResult, grid, training
+from neuron_sparsity.study import alone as alone_module
+from neuron_sparsity.study.alone import alone
 from neuron_sparsity.study.measuring import patterns
 from neuron_sparsity.study.text import prepare
 from neuron_sparsity.trajectory import TrajectoryResult
@@ -97,8 +98,6 @@ def test_held_out_text_is_never_trained_on(done: tuple[Path, StudyResult], text:
 
 def test_activation_functions_begin_alike(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same weights, same windows in the same order; another seed, others."""
-    import transformers
-
     config = a_config(text)
     prepared = prepare(config, tmp_path)
     begun: dict[tuple[str, int], Any] = {}
@@ -183,6 +182,90 @@ def test_training_that_diverges_is_told(text: Path, tmp_path: Path) -> None:
         run(a_config(text, learning_rate=1e30, max_grad_norm=1e30), tmp_path / "wild")
 
 
+def test_a_step_takes_the_same_windows_whatever_they_are_shared_by(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = a_config(text, batch=48, device_batch=12).training
+    shared = {n: training.shares(plan, n) for n in (1, 2, 3, 4, 6, 16, 48)}
+    assert shared == {1: (12, 4), 2: (12, 2), 3: (8, 2), 4: (12, 1), 6: (8, 1), 16: (3, 1), 48: (1, 1)}
+    with pytest.raises(ValueError, match=r"training\.batch 48 cannot be shared by 5 processes; start a number of them"):
+        training.shares(plan, 5)
+
+    class FourGPUs(transformers.TrainingArguments):  # type: ignore[misc]
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            assert self.device is not None
+            self._n_gpu = 4
+
+    monkeypatch.setattr(transformers, "TrainingArguments", FourGPUs)
+    found = training._arguments(a_config(text).runs()[0], a_config(text), tmp_path, cpu=True)
+    assert found.train_batch_size * found.gradient_accumulation_steps == a_config(text).training.batch
+
+
+def test_a_checkpoint_of_another_number_of_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"global_step": 3, "train_batch_size": 8, "log_history": [{"loss": 1.5}]}
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    for rank in (0, 1):
+        (tmp_path / f"rng_state_{rank}.pth").write_bytes(b"half")
+    monkeypatch.setattr(training, "launched", lambda: (1, 2))
+    training._fit_processes(tmp_path, 4)
+    assert json.loads((tmp_path / "trainer_state.json").read_text("utf-8")) == state | {"train_batch_size": 4}
+    assert {path.name for path in tmp_path.iterdir()} == {"trainer_state.json", "rng_state_0.pth"}
+
+
+def test_a_process_that_is_gone_is_told(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, said = a_config(text), ["gloo/transport/tcp/pair.cc:534] Connection closed by peer", "the device is hot"]
+    prepared = prepare(config, tmp_path / "text")
+
+    def train(self: Any, **options: Any) -> None:
+        raise RuntimeError(said[0])
+
+    monkeypatch.setattr(transformers.Trainer, "train", train)
+    monkeypatch.setattr(training, "launched", lambda: (0, 2))
+    with pytest.raises(RankError, match=r"another process of this training is gone \(gloo.*the same command goes on"):
+        training.train(config.runs()[0], config, prepared, tmp_path / "a", cpu=True)
+    del said[0]
+    with pytest.raises(RuntimeError, match="the device is hot"):
+        training.train(config.runs()[0], config, prepared, tmp_path / "a", cpu=True)
+
+
+def test_a_folder_that_another_process_works_in(
+    done: tuple[Path, StudyResult], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fcntl")
+    monkeypatch.setattr(alone_module, "_PATIENCE_SECONDS", 0.2)
+    with pytest.raises(CorpusError, match="no file and no built-in text"):
+        run(a_config(tmp_path / "none.txt"), tmp_path / "out")
+    with (
+        alone(tmp_path / "out" / "text", "the text"),
+        pytest.raises(RunFolderError, match=r"the text in .* is held by"),
+    ):
+        run(a_config(text), tmp_path / "out")
+    begun = tmp_path / "begun"
+    shutil.copytree(done[0], begun)
+    shutil.rmtree(begun / "runs")
+    held = rf"run b-relu-0 in .* is held by another process \(process {os.getpid()} on .*\); let it end"
+    with alone(begun / "runs" / "b-relu-0", "run b"), pytest.raises(RunFolderError, match=held):
+        run(a_config(text), begun)
+    assert not (begun / "runs" / "a-relu-0" / "checkpoints").exists()
+    shutil.copytree(done[0], tmp_path / "done")
+    with alone(tmp_path / "done" / "runs" / "b-relu-0", "run b"):
+        assert run(a_config(text), tmp_path / "done").complete  # nothing is left to do there
+
+
+def test_a_folder_without_its_text_is_free_for_another_configuration(text: Path, tmp_path: Path) -> None:
+    """Whoever mistypes the name of a text need not name another folder, nor empty this one."""
+    with pytest.raises(CorpusError, match="no file and no built-in text"):
+        run(a_config(tmp_path / "none.txt"), tmp_path / "out")
+    with pytest.raises(CorpusError, match="need 512,000"):
+        run(a_config(text, steps=4000), tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text("utf-8")) == a_config(text, steps=4000).to_json()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"schema": 1, "kind": "trajectory"}', encoding="utf-8")
+    with pytest.raises(RunFolderError, match=r'holds another run \(kind: "trajectory", not "study"\)'):
+        run(a_config(text), tmp_path / "other")
+
+
 @pytest.mark.slow
 def test_runs_side_by_side_are_those_of_one_process(done: tuple[Path, StudyResult], text: Path, tmp_path: Path) -> None:
     found = run(a_config(text), tmp_path / "jobs", jobs=2)
@@ -192,37 +275,6 @@ def test_runs_side_by_side_are_those_of_one_process(done: tuple[Path, StudyResul
     (tmp_path / "jobs" / "runs" / "a-relu-0").write_text("in the way", encoding="utf-8")
     with pytest.raises(MeasurementError, match=r"run a-relu-0 failed: .*; the same command goes on"):
         run(a_config(text), tmp_path / "jobs", jobs=2, only=["a-relu-0", "b-relu-0"])
-
-
-@pytest.mark.slow
-def test_two_processes_train_together(done: tuple[Path, StudyResult], text: Path, tmp_path: Path) -> None:
-    """As users start it; half of the batch each, so sums are taken in another order, and no more than that differs."""
-    data = a_config(text, device_batch=4).to_json()
-    (tmp_path / "two.json").write_text(json.dumps(data), encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [
-        "-m",
-        "neuron_sparsity",
-        "study",
-        "--config",
-        str(tmp_path / "two.json"),
-        "--out",
-        str(tmp_path / "two"),
-    ]
-    found = subprocess.run(
-        [*command, "--device", "cpu", "--only", "a-relu-0", "--json"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr
-    (together,) = json.loads(found.stdout)["runs"]
-    alone = done[1].runs[0]
-    assert [point["step"] for point in together["points"]] == [point.step for point in alone.points]
-    for ours, theirs in zip(together["points"], alone.points, strict=True):
-        assert ours["ppl_dense"] == pytest.approx(theirs.ppl_dense, rel=0.01)
 
 
 @pytest.mark.slow

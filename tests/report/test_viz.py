@@ -553,6 +553,16 @@ def test_a_cell_that_runs_again_carries_again(results: Results, monkeypatch: pyt
     assert viz.assets()._repr_html_().count(PACKED) == 1
 
 
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_notebook_that_typesets_formulas_leaves_views_alone(name: str, results: Results) -> None:
+    html = VIEWS[name](results)._repr_html_()
+    opened = html[html.index('<div class="ns-view"') :]
+    assert re.match(
+        r'<div class="ns-view"[^>]*><p class="plain">[^$]*?</p><div class="fragment tex2jax_ignore mathjax_ignore"',
+        opened,
+    )
+
+
 def test_in_colab_every_output_is_a_document(results: Results, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())  # type: ignore[arg-type]
     assert all(PACKED in viz.text(results.activations)._repr_html_() for _ in range(2))

@@ -54,6 +54,18 @@ def test_tokens_that_are_not_known(label: str, per_step: float | None, reason: s
     assert "--tokens-per-step" in str(raised.value)
 
 
+def test_the_folder_around_checkpoints_is_none_of_them(tmp_path: Path) -> None:
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"is no checkpoint but a folder of 2, such as checkpoint-5; name them: .*/\*$"
+    ):
+        resolve([str(tmp_path)], training_tokens={str(tmp_path): 5})
+    found = resolve([tmp_path / "checkpoint-10", "x" * 5000 + "/step3"], tokens_per_step=1)
+    assert [checkpoint.tokens for checkpoint in found] == [3, 10]
+
+
 def test_what_a_trainer_has_counted(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint-20"
     folder.mkdir()

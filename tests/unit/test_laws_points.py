@@ -91,6 +91,13 @@ def test_a_file_that_cannot_be_used_is_told_in_one_line(text: str, message: str,
     assert "\n" not in str(caught.value)
 
 
+def test_a_study_holds_several_curves(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text('{"schema": 1, "runs": []}', encoding="utf-8")
+    for path in (tmp_path, tmp_path / "study.json"):
+        with pytest.raises(RunFolderError, match=r"holds a study, of several curves; pass one of them, .*track$"):
+            read_points(path)
+
+
 def test_a_missing_and_a_binary_file(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"curve.csv does not exist; pass trajectory.json"):
         read_points(tmp_path / "curve.csv")

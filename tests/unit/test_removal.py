@@ -113,6 +113,15 @@ def test_a_spent_search_still_answers_with_what_was_measured_on_everything(limit
     assert found == 0 or search.measured.whole(prefix_key(found))
 
 
+@pytest.mark.parametrize(("n_windows", "seed"), [(3, 4), (8, 36), (16, 46)])
+def test_a_spent_search_does_not_fall_back_to_nothing_where_something_holds(n_windows: int, seed: int) -> None:
+    """A count that only seems to hold must not take what one that is safe would cost."""
+    made = MadeUp(power(190.5, 1.2), scatter=3.0, seed=seed, n_windows=n_windows)
+    n, resolved, _ = searched(made, limit=4.0)
+    assert not resolved
+    assert 0 < n <= 190
+
+
 def test_far_counts_are_measured_on_few_windows_only() -> None:
     made = MadeUp(power(2500, 1.0), scatter=0.3)
     searched(made)

@@ -137,9 +137,14 @@ def test_a_removal_says_what_it_does_not_know(removed: AblationResult) -> None:
     everything = summary_lines(None, None, replace(removed, reached=False, control=None, resolved=False))
     assert everything[2:5] == [
         "  1 % is not reached: no set that was tried costs more",
-        "  the passes of the search were spent before it was known to 1 %: more may go",
+        "  the passes of the search were spent: more may go",
         "  no control: nothing is known of what as many random neurons cost",
     ]
+    points = [{"n_removed": n, "n_tokens": n_tokens} for n, n_tokens in ((2, 2000), (3, 500), (5, 2000), (4, 2000))]
+    bounded = summary_lines(None, None, replace(removed, curve=tuple(points), resolved=False))
+    assert bounded[2] == "  the passes of the search were spent: 4 cost more, not all between and above was measured"
+    nothing = summary_lines(None, None, replace(removed, n_removable=0, resolved=False))
+    assert not any("weakest neuron" in line for line in nothing)
 
 
 def test_estimates_of_both_metrics_have_their_interval_or_say_why_not(result: SparsityResult) -> None:

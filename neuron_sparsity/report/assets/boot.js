@@ -104,18 +104,38 @@
 
   // A page is connected once; in a notebook every new output calls for what it brought.
   const fresh = (selector) => [...document.querySelectorAll(selector)].filter((element) => {
-    const first = !element.dataset.connected;
+    if (element.dataset.connected || !element.querySelector(":scope > script")) return false; // drawn, or without data
     element.dataset.connected = "yes";
-    return first;
+    return true;
   });
-  const host = document.body.dataset.jpThemeLight || (/vscode-(dark|light)/.exec(document.body.className) || [])[1];
-  window.neuronSparsity = () => {
-    if (window.CircuitsVis) fresh("[data-widget]").forEach(draw);
-    fresh("[data-heat]").forEach((element) => {
-      if (element.querySelector(":scope > script")) connect(element);
-    });
-    const theme = { true: "light", false: "dark", light: "light", dark: "dark" }[host];
+  // The output that brought the style sheet may be cleared while views of other outputs stay: the document keeps it.
+  const styles = (root) => [...root.querySelectorAll("style")].filter((style) => style.textContent.startsWith(".ns-view {"));
+  const keepStyle = () => styles(document.body).forEach((style) => {
+    if (styles(document.head).some((kept) => kept.textContent === style.textContent)) style.remove();
+    else document.head.append(style);
+  });
+  const hostTheme = () => {
+    const { dataset: { jpThemeLight }, className } = document.body;
+    if (jpThemeLight) return jpThemeLight === "true" ? "light" : "dark";
+    const [kind] = /vscode-(?:high-contrast-)?light/.exec(className) || /vscode-(?:dark|high-contrast)/.exec(className) || [];
+    return kind && (kind.endsWith("light") ? "light" : "dark");
+  };
+  const dress = () => {
+    const theme = hostTheme();
     if (theme) document.querySelectorAll(".ns-view").forEach((view) => (view.dataset.theme = theme));
   };
+  window.neuronSparsity = () => {
+    keepStyle();
+    if (window.CircuitsVis) fresh("[data-widget]").forEach(draw);
+    fresh("[data-heat]").forEach(connect);
+    dress();
+  };
   window.neuronSparsity();
+  if (!styles(document).length) return; // no notebook
+  // Notebooks take outputs out of the document and put them back, and change theme, without a script being run again.
+  const isView = (node) => node.nodeType === Node.ELEMENT_NODE && (node.matches(".ns-view") || node.querySelector(".ns-view"));
+  new MutationObserver((changes) => {
+    if (changes.some((change) => [...change.addedNodes].some(isView))) window.neuronSparsity();
+  }).observe(document.body, { childList: true, subtree: true });
+  new MutationObserver(dress).observe(document.body, { attributes: true, attributeFilter: ["class", "data-jp-theme-light"] });
 })();
