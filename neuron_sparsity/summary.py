@@ -12,7 +12,7 @@ from neuron_sparsity.pareto import ParetoResult, RuleAnswer
 from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
-from neuron_sparsity.wording import no_shorter, times
+from neuron_sparsity.wording import no_shorter, times, unsettled
 
 if TYPE_CHECKING:
     from neuron_sparsity.study import StudyResult
@@ -207,7 +207,7 @@ def _removal_lines(removed: AblationResult) -> list[str]:
     elif removed.n_removable == 0 and removed.resolved:
         lines.append("  already the weakest neuron of this ranking costs more")
     if not removed.resolved:
-        lines.append(f"  {_unsettled(removed)}")
+        lines.append(f"  {unsettled(removed)}")
     if removed.control is not None:
         lines.append(_control_line(removed.control))
     elif removed.n_removable:
@@ -215,15 +215,6 @@ def _removal_lines(removed: AblationResult) -> list[str]:
     if removed.heldout is not None:
         lines += _heldout_lines(removed.heldout)
     return lines
-
-
-def _unsettled(removed: AblationResult) -> str:
-    """What a search whose passes were spent has left open."""
-    n, whole = removed.n_removable, removed.corpus["n_tokens"]
-    over = [int(point["n_removed"]) for point in removed.curve if point["n_removed"] > n and point["n_tokens"] == whole]
-    if not over:
-        return "the passes of the search were spent: more may go"
-    return f"the passes of the search were spent: {min(over):,} cost more, not all between and above was measured"
 
 
 def _ranked_on(removed: AblationResult) -> str:

@@ -110,7 +110,7 @@
     let shown = Uint32Array.from({ length: n }, (_, at) => at);
     let order = { key: "mean", down: true }, active = 0, opened = -1;
 
-    const widths = { neuron: name(n - 1).length + 1.2, class: 11, mean: 11, rise: 12, frequency: 8, largest: 11, share: 9, kind: 16, logit_kurtosis: 10 };
+    const widths = { neuron: name(n - 1).length + 1.2, class: 11.6, mean: 11, rise: 12, frequency: 8, largest: 11, share: 9, kind: 16, logit_kurtosis: 10 };
     const wide = (column) => widths[column.key] || 9;
     scroller.querySelector("table").style.minWidth = columns.reduce((sum, column) => sum + wide(column), 0) + "ch";
     const head = make("tr", { role: "row" });
