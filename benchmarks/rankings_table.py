@@ -33,13 +33,18 @@ def table() -> str:
             f"{row.p_percent:g} %",
             f"{'' if row.resolved else '≥ '}{row.n_removable:,}",
             f"{row.rise_percent:+.2f} %",
-            f"{row.control_percent:+.1f} % ({row.control_ratio:.1f} times)",
+            f"{row.control_percent:+.1f} %{times(row.control_ratio)}",
             f"{row.heldout_percent:+.2f} % ({row.heldout_low:.2f} to {row.heldout_high:.2f})",
             row.verdict,
             "" if pd.isna(row.n_holding) else f"{row.n_holding:,.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def times(ratio: float) -> str:
+    """In words, where both rises are of one sign."""
+    return f" ({ratio:.1f} times)" if ratio > 0 else ""
 
 
 if __name__ == "__main__":

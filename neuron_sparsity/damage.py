@@ -44,7 +44,7 @@ from neuron_sparsity.damage_tables import (
 )
 from neuron_sparsity.divergence import DenseReference
 from neuron_sparsity.perplexity import Progress, default_batch_size, mean_loss, token_losses
-from neuron_sparsity.replacement import Replacer, neuron_mask
+from neuron_sparsity.replacement import Replacer, default_replacement, neuron_mask
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.store import RunFolder, decode, provenance, read_json, read_tensors, write_json, write_tensors
 from neuron_sparsity.truncation import Truncation, _thresholds
@@ -184,7 +184,7 @@ def damage(
     windows: Windows,
     change: SparsityResult | AblationResult | Iterable[tuple[int, int]],
     *,
-    replacement: str = "zero",
+    replacement: str | None = None,
     means: Float[Tensor, "layer neuron"] | None = None,
     seed: int = 0,
     layers: LayerPasses | None = "alone",
@@ -205,7 +205,8 @@ def damage(
             the search has not seen where you can.
         change: SparsityResult (its thresholds cut), AblationResult (its removable neurons go, replaced as there), or
             (layer, neuron) pairs.
-        replacement: Of neurons given as pairs: `"zero"`, `"mean"` or `"resample"` (other tokens of `windows`).
+        replacement: Of neurons given as pairs: `"zero"`, `"mean"` or `"resample"` (other tokens of `windows`). Default:
+            mean where `means` are given, else zero.
         means: Mean post-activations (`NeuronStatistics.mean_activation`); needed for `"mean"`.
         seed: Of `"resample"`.
         layers: `"alone"`: each layer changed by itself. `"spared"`: all but this one. None: no passes for layers.
@@ -229,7 +230,8 @@ def damage(
     _check(layers, n_tokens=n_tokens, per_document=per_document, min_count=min_count)
     start = time.perf_counter()
     adapter = attach(model)
-    with _changed(adapter, change, replacement, means, windows, seed) as (said, hook, touched):
+    stand_in = default_replacement(replacement, means)
+    with _changed(adapter, change, stand_in, means, windows, seed) as (said, hook, touched):
         passes = _Passes(adapter, windows, batch_size, progress)
         changed, kl = passes.compare(hook, "changed pass")
         difference = changed - passes.dense

@@ -72,8 +72,8 @@ def lines(found: dict[str, Any]) -> list[str]:
         *_kernel_lines(found["kernels"]),
         f"models: {', '.join(found['model_classes']) or 'no TransformerLens found'}",
         f"built-ins: {built_in}"
-        + ("" if all(found["built_in"].values()) else "; `pip install 'neuron-sparsity[demo]'`"),
-        "hf: corpora: " + ("ready" if found["hf_datasets"] else "`pip install 'neuron-sparsity[hf]'`"),
+        + ("" if all(found["built_in"].values()) else "; `pip install -e '.[demo]'` in the clone"),
+        "hf: corpora: " + ("ready" if found["hf_datasets"] else "`pip install -e '.[hf]'` in the clone"),
         "model hub: " + ("off (HF_HUB_OFFLINE)" if found["offline"] else "asked when a name is not local"),
     ]
 

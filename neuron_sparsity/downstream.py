@@ -218,7 +218,7 @@ def require_lm_eval() -> None:
         MeasurementError: If it is not installed.
     """
     if find_spec("lm_eval") is None:
-        raise MeasurementError('downstream tasks need the package lm-eval: pip install "neuron-sparsity[eval]"')
+        raise MeasurementError('downstream tasks need the package lm-eval: pip install -e ".[eval]" in the clone')
 
 
 def _plain(model: Any) -> nn.Module:

@@ -99,7 +99,7 @@ def evaluate(
     fewshot: Annotated[
         int | None, typer.Option("--fewshot", help="Solved examples before each question. Default: the task's own.")
     ] = None,
-    batch_size: BatchSize = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Items of a task at once.")] = 16,
     device: Device = None,
     dtype: Dtype = "float32",
     trust_remote_code: RemoteCode = False,
@@ -136,7 +136,7 @@ def evaluate(
         means=means,
         limit=limit,
         num_fewshot=fewshot,
-        batch_size=16 if batch_size is None else batch_size,
+        batch_size=batch_size,
         verbose=not quiet and sys.stderr.isatty(),
     )
     write_json(out / "downstream.json", found.to_json())

@@ -124,7 +124,9 @@ Neurons = Annotated[
 P = Annotated[float, typer.Option("--p", help="Rise of perplexity in percent.")]
 Ps = Annotated[
     list[float] | None,
-    typer.Option("--p", help="Rise of perplexity in percent; repeat it for several at once. Default: 1."),
+    typer.Option(
+        "--p", help="Rise of perplexity in percent; repeat it for several at once. Default: 1; of pareto 1, 5, 10."
+    ),
 ]
 Metric = Annotated[
     str,

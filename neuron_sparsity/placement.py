@@ -211,5 +211,5 @@ def require_accelerate(device: object) -> None:
     if find_spec("accelerate") is None:
         raise ModelError(
             f"device {device!r} spreads a model over devices, which needs the package accelerate; "
-            'pip install "neuron-sparsity[large]"'
+            'pip install -e ".[large]" in the clone'
         )

@@ -34,6 +34,7 @@ from neuron_sparsity.model_card import model_card
 from neuron_sparsity.model_info import WeightFacts
 from neuron_sparsity.placement import hook_of
 from neuron_sparsity.plain import output_rows, unwrapped
+from neuron_sparsity.replacement import default_replacement
 from neuron_sparsity.store import provenance
 from neuron_sparsity.surgery import add_zero_biases, check_same_logits, fold, is_quantised, shared_copy, take_out
 
@@ -136,7 +137,8 @@ def prune(
         model: Causal language model of transformers, or a TransformerBridge or adapter, whose Hugging Face model is
             taken. It is not changed.
         neurons: What `removable_neurons` returned for this model, or (layer, neuron) pairs; layer is the block's index.
-        replacement: `"zero"`, or `"mean"` for each neuron's mean. Default: the result's own, or zero for pairs.
+        replacement: `"zero"`, or `"mean"` for each neuron's mean. Default: the result's own; for pairs mean
+            where `means` are given, else zero.
         means: Mean post-activations (`NeuronStatistics.mean_activation`); needed for `"mean"`.
         form: `"cut"`, `"padded"` or `"zeroed"`; `"auto"` takes the first of them that a checkpoint can hold.
         out: Folder to write to, empty or not there.
@@ -165,7 +167,7 @@ def prune(
         raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
     result = neurons if isinstance(neurons, AblationResult) else None
     pairs = neurons.removable if isinstance(neurons, AblationResult) else neurons
-    replacement = _checked_replacement(replacement, result)
+    replacement = _checked_replacement(replacement, result, means)
     if out is not None:
         check_vacant(Path(out))
     source, name, own_tokenizer = _plain_model(model)
@@ -198,12 +200,12 @@ def prune(
     return pruned
 
 
-def _checked_replacement(replacement: str | None, result: AblationResult | None) -> str:
+def _checked_replacement(replacement: str | None, result: AblationResult | None, means: object) -> str:
     if result is not None and replacement not in (None, result.replacement):
         raise ValueError(
             f"the neurons were found with {result.replacement} replacement, not {replacement!r}; leave out replacement="
         )
-    chosen = replacement or ("zero" if result is None else result.replacement)
+    chosen = default_replacement(replacement, means) if result is None else result.replacement
     if chosen not in _FOLDABLE:
         raise ValueError(
             f"replacement must be one of {', '.join(_FOLDABLE)}, got {chosen!r}: weights hold constants, and nothing "

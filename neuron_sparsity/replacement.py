@@ -31,7 +31,7 @@ from neuron_sparsity.adapter import MLPAdapter, PostHook, attach
 from neuron_sparsity.blueprint import mlp_outputs
 from neuron_sparsity.corpus import Windows
 
-__all__ = ["BANK_TOKENS", "REPLACEMENTS", "Neurons", "Replacer", "ablate", "neuron_mask"]
+__all__ = ["BANK_TOKENS", "REPLACEMENTS", "Neurons", "Replacer", "ablate", "default_replacement", "neuron_mask"]
 
 REPLACEMENTS = ("mean", "zero", "resample")
 BANK_TOKENS = 2048
@@ -68,7 +68,7 @@ def ablate(
     model: Any,
     neurons: Neurons,
     *,
-    replacement: str = "zero",
+    replacement: str | None = None,
     means: Float[Tensor, "layer neuron"] | None = None,
     corpus: Windows | None = None,
     seed: int = 0,
@@ -80,7 +80,7 @@ def ablate(
             block's index too, and a neuron a row of the down projection as it is loaded.
         neurons: (layer, neuron) pairs.
         replacement: `"zero"`; `"mean"` for each neuron's mean; `"resample"` for its value at a random other token
-            (the module's docstring says how it is drawn).
+            (the module's docstring says how it is drawn). Default: mean where `means` are given, else zero.
         means: Mean post-activations (`NeuronStatistics.mean_activation`), for `"mean"`.
         corpus: Text that `"resample"` draws from, or that means are taken over where none are given: the model runs
             on it, with whatever hooks it has, when the context opens.
@@ -105,9 +105,16 @@ def ablate(
         >>> torch.equal(before, inside), torch.equal(before, after)
         (False, True)
     """
-    replacer = Replacer(model, replacement, means=means, corpus=corpus, seed=seed)
+    if replacement is None and means is None and corpus is not None:
+        raise ValueError("corpus is for replacement='mean' or 'resample': name one of them, or leave corpus out")
+    replacer = Replacer(model, default_replacement(replacement, means), means=means, corpus=corpus, seed=seed)
     with replacer.on_post(neuron_mask(replacer.blocks, replacer.d_mlp, neurons)) as on_post, replacer.hooked(on_post):
         yield
+
+
+def default_replacement(replacement: str | None, means: object) -> str:
+    """Return the replacement that was named, or the one that goes with what was given."""
+    return replacement or ("zero" if means is None else "mean")
 
 
 def neuron_mask(blocks: Sequence[int], d_mlp: int, neurons: Neurons) -> Bool[Tensor, "layer neuron"]:

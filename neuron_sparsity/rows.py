@@ -124,7 +124,7 @@ def _opened(source: str, usual: Sequence[str]) -> Iterator[tuple[str, str, str, 
     try:
         import datasets
     except ImportError as error:
-        raise CorpusError(f'{source} needs the package datasets: pip install "neuron-sparsity[hf]"') from error
+        raise CorpusError(f'{source} needs the package datasets: pip install -e ".[hf]" in the clone') from error
     options: dict[str, Any] = {"streaming": True}
     if "trust_remote_code" in inspect.signature(datasets.load_dataset).parameters:  # datasets < 4
         options["trust_remote_code"] = False

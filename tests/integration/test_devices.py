@@ -36,7 +36,7 @@ def devices() -> Iterator[None]:
 @pytest.fixture
 def spread(devices: None, tiny_hf_models: Any, tiny_tokenizer: Any, tmp_path: Any) -> Any:
     """`spread(family, second="ipu:1")`: a bridge with its first layer on ipu:0 and its second one where you say."""
-    accelerate = pytest.importorskip("accelerate", reason="pip install 'neuron-sparsity[large]'")
+    accelerate = pytest.importorskip("accelerate", reason="pip install -e '.[large]'")
     bridge = pytest.importorskip("transformer_lens.model_bridge").TransformerBridge
 
     def make(family: str, second: Any = ONE, **changes: Any) -> Any:

@@ -19,9 +19,7 @@ from neuron_sparsity.sparsity import apply_thresholds, cett_ppl_sparsity, sparsi
 from tests.conftest import transformer_lens_version
 from tests.integration.measured import Measured, assert_same, measure
 
-accelerate = pytest.importorskip(
-    "accelerate", reason="offloading is accelerate's: pip install 'neuron-sparsity[large]'"
-)
+accelerate = pytest.importorskip("accelerate", reason="offloading is accelerate's: pip install -e '.[large]'")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 offloads = pytest.mark.skipif(transformer_lens_version() < (4, 0), reason="TransformerLens 3 runs no offloaded model")
 

@@ -52,6 +52,27 @@ def posts(model: Any, tokens: Tensor, inside: Any) -> list[Tensor]:
     return [found[layer].reshape(*tokens.shape, -1) for layer in sorted(found)]
 
 
+def test_means_alone_are_put_in(tiny_model: Any, text: Windows) -> None:
+    model = tiny_model("llama")
+    means = torch.rand(2, 64)
+    given: dict[str, dict[str, Any]] = {
+        "alone": {"means": means},
+        "mean": {"means": means, "replacement": "mean"},
+        "zero": {"means": means, "replacement": "zero"},
+        "nothing": {},
+    }
+    ppl = {}
+    for name, options in given.items():
+        with ablate(model, CHOSEN, **options):
+            ppl[name] = perplexity(model, text).ppl
+    assert ppl["alone"] == ppl["mean"] != ppl["zero"] == ppl["nothing"]
+    with (
+        pytest.raises(ValueError, match="corpus is for replacement='mean' or 'resample'"),
+        ablate(model, CHOSEN, corpus=text),
+    ):
+        pass
+
+
 # The same on a plain model as on a wrapped one, and as in the weights.
 
 

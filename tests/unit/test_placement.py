@@ -16,7 +16,7 @@ from neuron_sparsity.placement import device_of, is_offloaded, materialised, out
 
 def offloaded(width: int = 3) -> tuple[nn.Sequential, torch.Tensor]:
     """A linear layer in a container, its weights away, and what they are."""
-    accelerate = pytest.importorskip("accelerate", reason="pip install 'neuron-sparsity[large]'")
+    accelerate = pytest.importorskip("accelerate", reason="pip install -e '.[large]'")
     model = nn.Sequential(nn.Linear(width, width))
     weight = model[0].weight.detach().clone()
     return accelerate.cpu_offload(model), weight
