@@ -12,6 +12,7 @@ from neuron_sparsity.pareto import ParetoResult, RuleAnswer
 from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
+from neuron_sparsity.wording import no_shorter, times, unsettled
 
 if TYPE_CHECKING:
     from neuron_sparsity.study import StudyResult
@@ -206,7 +207,7 @@ def _removal_lines(removed: AblationResult) -> list[str]:
     elif removed.n_removable == 0 and removed.resolved:
         lines.append("  already the weakest neuron of this ranking costs more")
     if not removed.resolved:
-        lines.append(f"  {_unsettled(removed)}")
+        lines.append(f"  {unsettled(removed)}")
     if removed.control is not None:
         lines.append(_control_line(removed.control))
     elif removed.n_removable:
@@ -214,15 +215,6 @@ def _removal_lines(removed: AblationResult) -> list[str]:
     if removed.heldout is not None:
         lines += _heldout_lines(removed.heldout)
     return lines
-
-
-def _unsettled(removed: AblationResult) -> str:
-    """What a search whose passes were spent has left open."""
-    n, whole = removed.n_removable, removed.corpus["n_tokens"]
-    over = [int(point["n_removed"]) for point in removed.curve if point["n_removed"] > n and point["n_tokens"] == whole]
-    if not over:
-        return "the passes of the search were spent: more may go"
-    return f"the passes of the search were spent: {min(over):,} cost more, not all between and above was measured"
 
 
 def _ranked_on(removed: AblationResult) -> str:
@@ -240,7 +232,7 @@ def _control_line(control: dict[str, Any]) -> str:
     seeds, spread = control["seeds"], control["sd_percent"]
     line += f" (mean of {len(seeds)} seeds, sd {spread:.3f}" if spread is not None else " (1 seed"
     line += f"; {control['n_tokens']:,} tokens)"
-    return line if control["ratio"] is None else f"{line}, {control['ratio']:.2f} times the damage of this ranking"
+    return line if control["ratio"] is None else f"{line}, {times(control)} the damage of this ranking"
 
 
 def _heldout_lines(heldout: dict[str, Any]) -> list[str]:
@@ -259,8 +251,8 @@ def _heldout_lines(heldout: dict[str, Any]) -> list[str]:
             f"  the {holding['n_removable']:,} weakest hold there ({holding['ppl_increase_percent']:+.3f} %{upper}), "
             "chosen on that text"
         )
-    elif not heldout["holds"] and "holding" in heldout:
-        lines.append(f"  no shorter set holds there of {heldout['holding_tried']} that were tried")
+    elif no_shorter(heldout):
+        lines.append(f"  {no_shorter(heldout)}")
     return lines
 
 

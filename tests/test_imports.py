@@ -64,6 +64,7 @@ ROOMS = [
     "removal",
     "confirmation",
     "ablation",
+    "wording",
     "checkpoint",
     "model_card",
     "surgery",

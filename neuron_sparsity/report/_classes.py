@@ -26,6 +26,7 @@ __all__ = [
     "array",
     "class_counts",
     "exactly_zero",
+    "largest_is_first",
     "layer_labels",
     "upper_bound",
 ]
@@ -130,6 +131,18 @@ def class_counts(
     code = ClassRule("frequency", dead, rare, always_on).codes_at(active.frequency)
     sizes = {name: (code == index).sum(axis=1) for index, name in enumerate(CLASSES)}
     return ClassCounts(**sizes, never=active.never.sum(axis=1))
+
+
+def largest_is_first(stats: NeuronStatistics) -> NDArray[np.bool_]:
+    """Return bool [layer, neuron]: whether a neuron's largest contribution is on a window's first token.
+
+    That token counts for the largest contribution and is never an example, so the two differ.
+    """
+    largest, values = array(stats.contribution_max), array(stats.example_value)
+    if values.shape[2] == 0:
+        return np.zeros(largest.shape, dtype=bool)
+    top = np.where(array(stats.example_position)[..., 0] >= 0, values[..., 0], 0.0)
+    return np.asarray(largest > top * (1 + 1e-6))
 
 
 def upper_bound(n_tokens: int) -> str:

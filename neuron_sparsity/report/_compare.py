@@ -194,7 +194,8 @@ def _truncated(result: SparsityResult) -> str:
 
 
 def _gone(removed: AblationResult) -> str:
-    return f"{count(removed.n_removable)} ({percent_of(removed.n_removable / removed.n_neurons)})"
+    more = "" if removed.resolved else ", perhaps more"
+    return f"{count(removed.n_removable)} ({percent_of(removed.n_removable / removed.n_neurons)}){more}"
 
 
 def _held(removed: AblationResult) -> str:
@@ -262,7 +263,7 @@ def _rises(
         asinh_axis([y for _, points in drawn for _, y in points], "perplexity rise", unit=max(p_percent, 1e-3)),
         f"{title}, {len(drawn)} runs",
     )
-    chart.rule(p_percent, f"target +{target(p_percent)}")
+    chart.rule(p_percent, f"target +{target(p_percent)}", style="asked")  # not dashed in a colour: that is a run
     for run, points in drawn:
         chart.line(points, colour=run.stroke, note=run.label)
         for x, y in points:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,8 +11,9 @@ from markupsafe import Markup
 from neuron_sparsity.report._charts import Chart, asinh_axis, layer_axis, linear_axis
 from neuron_sparsity.report._classes import layer_labels
 from neuron_sparsity.report._fragments import figure, folded, note, table
-from neuron_sparsity.report._summary import control_line
-from neuron_sparsity.report._text import count, number, percent, percent_of, replacement, signed, target, visible
+from neuron_sparsity.report._summary import control_line, sentences
+from neuron_sparsity.report._text import count, join, number, percent, percent_of, replacement, signed, target, visible
+from neuron_sparsity.wording import no_shorter, unsettled
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
@@ -176,10 +178,13 @@ def removal_curve(removed: AblationResult) -> str:
     chart = Chart(x, asinh_axis(heights, "perplexity rise", unit=max(removed.p_percent, 1e-3)), title)
     chart.rule(removed.p_percent, f"target +{target(removed.p_percent)}")
     chart.line(points)
-    some = {p["n_removed"]: p["n_tokens"] for p in removed.curve if p.get("standard_error_percent")}
+    some = {p["n_removed"]: p for p in removed.curve if p.get("standard_error_percent")}
     for removed_count, rise in points:
-        by = f", estimated from {count(some[removed_count])} tokens" if removed_count in some else ""
-        chart.point(removed_count, rise, f"{count(removed_count)} removed: perplexity {signed(rise)}{by}")
+        words, few = f"{count(removed_count)} removed: perplexity {signed(rise)}", some.get(removed_count)
+        if few is not None:
+            words += f", estimated from {count(few['n_tokens'])} tokens"
+            words += f", standard error {number(few['standard_error_percent'])} points"
+        chart.point(removed_count, rise, words, style="dot" if few is None else "dot few")
     said = {
         "control": f"control, {visible(removed.control.get('kind', 'random'))}" if removed.control else "",
         "held": "held-out text",
@@ -193,7 +198,22 @@ def removal_curve(removed: AblationResult) -> str:
     caption = f"Removed in order of {visible(removed.ranking)}, weakest first, each replaced by {replacement(removed)}."
     if shown:
         caption += f" At {count(removed.n_removable)} neurons: {shown}."
-    return figure("Perplexity rise against neurons removed", chart.svg(), caption)
+    return figure("Perplexity rise against neurons removed", join([chart.svg(), _few(removed, some)]), caption)
+
+
+def _few(removed: AblationResult, some: Mapping[float, Mapping[str, float]]) -> Markup:
+    """The key of points from fewer tokens than the others."""
+    if not some:
+        return Markup("")
+    sizes = sorted({int(point["n_tokens"]) for point in some.values()})
+    fewer = count(sizes[0]) + (f" to {count(sizes[-1])}" if len(sizes) > 1 else "")
+    whole = removed.corpus.get("n_tokens")
+    keys = (("dot", f"all {count(whole)} tokens"), ("dot few", f"estimated from {fewer} of them"))
+    shape = Markup(
+        '<span class="point-key"><svg class="chart" viewBox="0 0 10 10" aria-hidden="true"><circle class="{}" cx="5" '
+        'cy="5" r="3.2"/></svg>{}</span>'
+    )
+    return Markup('<div class="legend">{}</div>').format(join(shape.format(style, said) for style, said in keys))
 
 
 def removable_layers(stats: NeuronStatistics, removed: AblationResult) -> str:
@@ -230,6 +250,7 @@ def removal_verdict(removed: AblationResult) -> str:
         said.append(
             f"No set that was tried costs more than the target of +{target(removed.p_percent)}, so all of them may go."
         )
+    said += sentences(unsettled(removed))
     said.append(f"Perplexity goes from {number(removed.ppl_dense, 4)} to {number(removed.ppl_ablated, 4)}.")
     held = removed.heldout
     if not held:
@@ -255,6 +276,7 @@ def removal_verdict(removed: AblationResult) -> str:
             f"The {count(fewer['n_removable'])} weakest do hold there ({signed(fewer['ppl_increase_percent'])}), but "
             "they were chosen on that text."
         )
+    said += sentences(no_shorter(held or {}))
     if removed.control:
         kind = visible(removed.control.get("kind", "random"))
         said.append(f"Control ({kind}). {control_line(removed.control)}")

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from neuron_sparsity.kernels import histogram_edges
-from neuron_sparsity.report._classes import Activity, array, layer_labels
+from neuron_sparsity.report._classes import Activity, array, largest_is_first, layer_labels
 from neuron_sparsity.report._packed import Packed, asinh_codes, log_codes
 from neuron_sparsity.report._text import visible_token
 from neuron_sparsity.statistics import CONTEXT_BEFORE
@@ -351,6 +351,7 @@ def _examples(
     packed.add("example_value", value, "u2")
     window = int(stats.corpus.get("window") or 0) or (1 << 32) - 1
     packed.add("example_window", np.where(there, position // window, 0), "u4")
+    packed.add("example_first", largest_is_first(stats)[row, neuron], "u1")
     packed.add("example_pos", np.where(there, position % window, 0), "u4")
     packed.header["examples"] = {"count": n_examples, "context": int(tokens.shape[2]), "at": CONTEXT_BEFORE}
     packed.header["examples"] |= {"low": low, "high": high}

@@ -52,8 +52,8 @@ _DEFINITIONS = (
     ),
     (
         "Removable",
-        "The largest set of neurons, in the order of a ranking, that can be replaced on every token before perplexity "
-        "rises by p percent. Idle neurons change from token to token; removed ones are gone.",
+        "The largest set found of neurons, in the order of a ranking, that can be replaced on every token before "
+        "perplexity rises by p percent. Idle neurons change from token to token; removed ones are gone.",
     ),
     (
         "Dead",

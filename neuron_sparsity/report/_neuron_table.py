@@ -67,8 +67,9 @@ def neuron_table(
     }
     shape = Markup(
         '<div class="explorer" data-neurons><p class="note explorer-off">{off}</p><div class="explorer-on" hidden>'
-        '{controls}<div class="rows-scroll" tabindex="0" role="grid" aria-label="All neurons" aria-rowcount="{rows}">'
-        '<table role="presentation"><thead role="rowgroup"></thead><tbody role="rowgroup"></tbody></table></div>'
+        '{controls}<div class="rows-frame">'
+        '<div class="rows-scroll" tabindex="0" role="grid" aria-label="All neurons" aria-rowcount="{rows}">'
+        '<table role="presentation"><thead role="rowgroup"></thead><tbody role="rowgroup"></tbody></table></div></div>'
         '<p class="keys">Arrow keys move, Enter opens, Esc closes.</p>'
         '<p class="keys printed">The rows that were on the screen; the page itself has all.</p>'
         '<div class="detail" role="region" aria-label="The chosen neuron"></div></div>'
@@ -112,8 +113,9 @@ def _controls(labels: list[int], counts: Any, removed: AblationResult | None, fo
         pills.append(only.format("chosen", "with examples"))
     shape = Markup(
         '<form class="controls" role="search" aria-label="Neurons"><input type="search" name="find" '
-        'placeholder="3:17, 17, or text" aria-label="Layer and neuron, neuron, or text of tokens" autocomplete="off" '
-        'spellcheck="false"><select name="layer" aria-label="Layer"><option value="">all layers</option>{}</select>'
+        'placeholder="3:17, L3, 17, or text" aria-label="Layer and neuron, layer, neuron, or text of tokens" '
+        'autocomplete="off" spellcheck="false">'
+        '<select name="layer" aria-label="Layer"><option value="">all layers</option>{}</select>'
         '<select name="kind" aria-label="Kind" hidden><option value="">any kind</option></select>'
         '<fieldset><legend class="unseen">Class</legend>{}</fieldset>'
         '<button type="reset">Reset</button><output class="found" aria-live="polite"></output></form>'

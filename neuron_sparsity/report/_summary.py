@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from neuron_sparsity.report._classes import array
 from neuron_sparsity.report._fragments import card
 from neuron_sparsity.report._text import count, join, number, percent_of, replacement, signed, target, visible
 from neuron_sparsity.search import search_name
+from neuron_sparsity.wording import no_shorter, times, unsettled
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from neuron_sparsity.recorder import NeuronStatistics
     from neuron_sparsity.sparsity import SparsityResult
 
-__all__ = ["headline", "summary"]
+__all__ = ["control_line", "headline", "sentences", "summary"]
 
 _DEAD = target(100 * classes.DEAD)
 
@@ -61,7 +63,14 @@ def control_line(control: Mapping[str, Any]) -> str:
     seeds = len(control["seeds"])
     said += f" (mean of {count(seeds)} seeds, standard deviation {number(control['sd_percent'])})" if seeds > 1 else ""
     said += f" on {count(control['n_tokens'])} tokens"
-    return f"{said}." if control["ratio"] is None else f"{said}: {number(control['ratio'])} times the damage of these."
+    if control["ratio"] is None:
+        return f"{said}."
+    return f"{said}: {times(control).replace('-', '−')} the damage of these."
+
+
+def sentences(*said: str) -> list[str]:
+    """Return those of the words that say something as sentences."""
+    return [f"{words[0].upper()}{words[1:]}." for words in said if words]
 
 
 def headline(
@@ -71,11 +80,9 @@ def headline(
     total, model = _n_neurons(stats), visible(stats.model.name)
     said = []
     if result is not None and result.reached:
-        needed, limit = percent_of(result.activation_ratio), target(result.p_percent)
-        within = f"{limit} of its perplexity" if result.metric == "cett_ppl" else f"a KL divergence of {limit}"
         said.append(
-            f"{model} needs {needed} of its MLP neurons on an average token to stay within {within}"
-            f"{_range(result)}; the other {percent_of(result.sparsity_ratio)} can idle."
+            f"{model} needs {percent_of(result.activation_ratio)} of its MLP neurons on an average token"
+            f"{_range(result)}: {_at(result)}. The other {percent_of(result.sparsity_ratio)} can idle."
         )
     elif result is not None:
         said.append(
@@ -83,8 +90,9 @@ def headline(
             "there is no sparsity to report at it."
         )
     if removed is not None:
+        more = "" if removed.resolved else ", perhaps more"
         held = f"; this {_holds(removed)}" if removed.heldout else ""
-        said.append(f"{count(removed.n_removable)} of {count(total)} neurons can go for good{held}.")
+        said.append(f"{count(removed.n_removable)} of {count(total)} neurons can go for good{more}{held}.")
     active = classes.activity(stats, result)
     dead = int(classes.class_counts(active).dead.sum())
     said.append(f"{count(dead) if dead else 'None'} of {count(total)} neurons {'is' if dead == 1 else 'are'} dead.")
@@ -102,6 +110,15 @@ def summary(
         cards.append(_removable_card(removed))
     cards.append(_dead_card(stats, result))
     return Markup('{}<div class="cards">{}</div>').format(headline(stats, result, removed), join(cards))
+
+
+def _at(result: SparsityResult) -> str:
+    """What the headline's ratio was measured at, beside what was asked for."""
+    limit = target(result.p_percent)
+    if result.metric == "cett_ppl":
+        return f"perplexity then changes by {signed(result.ppl_increase_percent)} (target +{limit})"
+    found = "" if result.kl is None else f", measured at {percent_of(math.expm1(min(result.kl, 50.0)))}"
+    return f"the target is a KL divergence of {limit}{found}"
 
 
 def _range(result: SparsityResult) -> str:
@@ -168,8 +185,7 @@ def _removable_card(removed: AblationResult) -> Markup:
     lines = [
         f"of {count(removed.n_neurons)} neurons, {share}: gone for every token, perplexity {signed(_rise(removed))}."
     ]
-    held = _holds(removed)
-    lines.append(f"{held[0].upper()}{held[1:]}.")
+    lines += sentences(unsettled(removed), _holds(removed), no_shorter(removed.heldout or {}))
     if removed.control:
         lines.append(control_line(removed.control))
     limit = f"at most +{target(removed.p_percent)}"

@@ -188,7 +188,7 @@ def number(value: object, digits: int = 3) -> str:
 
     Example:
         >>> number(0.69123), number(23.456), number(46080.4), number(0.0000123), number(2.683e12), number(float("nan"))
-        ('0.691', '23.5', '46,080', '1.23e-05', '2.68e+12', 'n/a')
+        ('0.691', '23.5', '46,080', '1.23e−05', '2.68e+12', 'n/a')
     """
     as_float = _as_float(value)
     if math.isnan(as_float):
@@ -197,7 +197,7 @@ def number(value: object, digits: int = 3) -> str:
         return "0"
     size = math.floor(math.log10(abs(float(f"{as_float:.{digits - 1}e}"))))
     if not -4 <= size < 9:
-        return f"{as_float:.{digits - 1}e}"
+        return f"{as_float:.{digits - 1}e}".replace("-", "−")
     return f"{as_float:,.{max(digits - 1 - size, 0)}f}".replace("-", "−")
 
 

@@ -223,6 +223,11 @@ def _which(stats: NeuronStatistics, result: SparsityResult | None, table: str) -
 
 def _what_can_go(stats: NeuronStatistics, removed: AblationResult | None) -> Section:
     lead = "The largest set of neurons that can be replaced on every token before perplexity rises to the target."
+    if removed is not None and not removed.resolved:
+        lead = (
+            "The largest set that was found of neurons that can be replaced on every token before perplexity rises to "
+            "the target; whether it is the largest was not settled."
+        )
     if removed is None:
         return Section("removable", "What can go?", lead, (note(_NO_REMOVAL),))
     parts = (views.removal_verdict(removed), views.removal_curve(removed), views.removable_layers(stats, removed))

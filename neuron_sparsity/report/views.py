@@ -124,12 +124,22 @@ def neuron_examples(
         cards = [_neuron_card(stats, active, int(index), n_examples) for index in chosen]
         caption = (
             f"The {count(len(cards))} neurons of {said} mean contribution. In each example the marked token is the one "
-            "measured; the tokens around it are context and carry no value."
+            f"measured; the tokens around it are context and carry no value.{_shared_token(stats, chosen)}"
         )
         figures.append(
             figure(f"{name} neurons", Markup('<div class="neurons">{}</div>').format(join(cards)), caption, wide=True)
         )
     return join(figures)
+
+
+def _shared_token(stats: NeuronStatistics, chosen: np.ndarray) -> str:
+    """What is to be said where many of the neurons have one and the same token of the text as their top example."""
+    position = array(stats.example_position)
+    tops = position[..., 0].ravel()[chosen] if position.shape[2] else np.array([-1])
+    times = int(np.unique(tops[tops >= 0], return_counts=True)[1].max(initial=0))
+    if times <= 2:
+        return ""
+    return f" The top example is the same token for {count(times)} of {count(len(tops))}: often an attention sink."
 
 
 def neuron_card(
@@ -153,10 +163,12 @@ def _neuron_card(stats: NeuronStatistics, active: classes.Activity, index: int, 
         )
         for k in shown
     ]
-    body = join(examples) if examples else note("No example: it contributed on no token.")
+    body = join(examples) if examples else note("No example: it contributed on no token after a window's first.")
     frequency = active.frequency[row, neuron]
     largest = number(array(stats.contribution_max)[row, neuron])
     average = number(array(stats.contribution_sum)[row, neuron] / stats.n_tokens)
+    if classes.largest_is_first(stats)[row, neuron] and largest != number(values[0]):
+        largest += " (on a window's first token, never an example)"
     facts = f"mean contribution {average}, largest {largest}, active on {percent_of(frequency)} of tokens"
     return Markup('<article class="neuron"><h4>{}</h4><p class="facts">{}</p>{}</article>').format(name, facts, body)
 
@@ -199,7 +211,10 @@ def passage_map(passage: TokenActivity, *, layers: Sequence[int] | None = None) 
         high=high,
         names=list(passage.token_strings),
     )
-    caption = f"Share of a layer's neurons active on a token, {column}. Active: {visible(passage.definition)}."
+    caption = (
+        f"Share of a layer's neurons active on a token, {column}. Active: {visible(passage.definition)}. The first "
+        "column stands apart where the model uses the first token as an attention sink."
+    )
     return figure("Activation ratio by layer and token", picture, caption, wide=True)
 
 

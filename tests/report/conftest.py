@@ -240,6 +240,7 @@ def make_removed(info: Any, text: dict[str, Any], stats: Any) -> SimpleNamespace
         n_neurons=n_neurons,
         n_removable=n_removable,
         reached=True,
+        resolved=True,
         removable=[[int(i // mean.shape[1]), int(i % mean.shape[1])] for i in chosen],
         ppl_dense=14.237,
         ppl_ablated=14.375,

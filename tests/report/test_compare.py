@@ -46,6 +46,8 @@ def test_every_run_has_its_column(runs: dict[str, dict[str, Any]]) -> None:
     assert ratios[1] == number(large.activation_ratio)
     assert cells(page.html, "can go for good")[0] == "5 (2.60\u00a0%)"
     assert "B · two needs the fewest" in page.html
+    runs["two"]["removed"] = changed(runs["two"]["removed"], resolved=False)
+    assert [", perhaps more" in cell for cell in cells(compare(runs).html, "can go for good")] == [False, True]
     assert page.title == "2 runs side by side"
     assert page.html.count("var CircuitsVis=") == 0  # nothing of it is used here
 
@@ -114,3 +116,9 @@ def test_hostile_names_are_text(runs: dict[str, dict[str, Any]]) -> None:
     body = re.sub(r"<script>.*?</script>", "", page.html, flags=re.S)
     assert "<img src=x" not in body
     assert "&lt;img src=x onerror=alert(1)&gt;" in body
+
+
+def test_the_target_does_not_look_like_a_run(runs: dict[str, dict[str, Any]]) -> None:
+    html = compare(runs).html.split("</style>")[1]
+    assert html.count('class="asked"') == 4  # a line and its key in two charts
+    assert 'class="target' not in html

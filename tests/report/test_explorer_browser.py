@@ -227,3 +227,54 @@ def test_a_small_run_brings_all_examples_along(tab: Tab, run: Run) -> None:
     assert page.locator("[name=chosen]").count() == 0
     page.locator(".rows-scroll tbody tr[data-index='2'] td").first.click()
     assert page.locator(".detail .example").count() == 5
+
+
+def visible_columns(page: Page) -> list[str]:
+    """The keys of the columns that are wholly in sight before anybody scrolls."""
+    return list(
+        page.evaluate(
+            "(() => { const s = document.querySelector('.rows-scroll'), right = s.getBoundingClientRect().left + "
+            "s.clientLeft + s.clientWidth; return [...s.querySelectorAll('thead th')].filter((cell) => "
+            "cell.getBoundingClientRect().right <= right + 1).map((cell) => cell.dataset.key); })()"
+        )
+    )
+
+
+def test_the_columns_that_say_most_are_in_sight_and_others_are_hinted_at(tab: Tab, run: Run) -> None:
+    parts: dict[str, Any] = {"atlas": make_atlas(run.stats), "saliency": synthetic_saliency(run.stats)}
+    page = shown(tab, run, **parts)
+    assert {"removal", "rise", "kind", "n_triggers", "logit_kurtosis"} < set(visible_columns(page))
+    assert page.locator(".rows-frame.more").count() == 0
+    page = shown(tab, run, **parts, width=400)
+    assert visible_columns(page) == ["neuron", "class", "mean", "removal"]
+    assert page.locator(".rows-frame.more").count() == 1
+    page.locator(".rows-scroll").evaluate("(scroller) => { scroller.scrollLeft = 1e6; }")
+    page.locator(".rows-frame:not(.more)").wait_for()
+
+    frame = parts["atlas"].assign(is_token_detector=False, ngram=0, is_positional=False, logit_role="none")
+    page = shown(tab, run, **parts | {"atlas": frame})
+    assert page.locator(".rows-scroll thead th").last.get_attribute("data-key") == "kind"
+
+
+def test_a_layer_is_found_by_its_name(tab: Tab, run: Run) -> None:
+    page = shown(tab, run)
+    for query, n in (("L3", 48), ("layer 3", 48), ("Layer 3 N17", 1), ("l9", 0), ("3", 4)):
+        page.get_by_role("searchbox").fill(query)
+        expect_found(page, n, 192)
+
+
+def test_numbers_that_can_be_misread_say_what_they_mean(tab: Tab, run: Run) -> None:
+    atlas = make_atlas(run.stats)
+    atlas["n_triggers"] = 3
+    atlas.loc[53, "n_triggers"] = 0
+    run.stats.contribution_max = run.stats.contribution_max.clone()
+    run.stats.contribution_max[1, 5] *= 2
+    said = {}
+    for neuron in (5, 6):
+        page = shown(tab, run, atlas=atlas, saliency=synthetic_saliency(run.stats), anchor=f"#neuron=1:{neuron}")
+        said[neuron] = page.locator(".detail dl").inner_text()
+        assert ("–" in page.locator(f"#neuron-{48 + neuron} td").all_text_contents()) is (neuron == 5)
+    for words in ("no set of at most 5 tokens covers it", "(on a window's first token, never an example)"):
+        assert words in said[5]
+        assert words not in said[6]
+    assert "the cost alone is not the cost together with others" in said[5]

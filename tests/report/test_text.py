@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neuron_sparsity.report._text import count, duration, inert, number, percent, percent_of, script_json, visible
+from neuron_sparsity.report._text import (
+    count,
+    duration,
+    inert,
+    number,
+    percent,
+    percent_of,
+    script_json,
+    signed,
+    visible,
+)
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -57,6 +67,12 @@ def test_an_inert_token_is_text_even_as_html(token: str) -> None:
 )
 def test_numbers_have_three_digits(value: float | None, text: str) -> None:
     assert number(value) == text
+
+
+@pytest.mark.parametrize(("value", "text"), [(8.07e-6, "+8.07e−06"), (-8.07e-6, "−8.07e−06"), (-0.5, "−0.500")])
+def test_a_change_has_one_sign_and_one_minus(value: float, text: str) -> None:
+    assert signed(value) == f"{text}\u00a0%"
+    assert "-" not in number(value)
 
 
 def test_units() -> None:

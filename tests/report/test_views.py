@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from neuron_sparsity.report import _classes as classes
-from neuron_sparsity.report import views
+from neuron_sparsity.report import report, views
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 ALL_VIEWS: dict[str, Callable[[Any], str]] = {
@@ -275,3 +275,82 @@ def test_a_search_by_kl_divergence_says_so(run: Any) -> None:
     text = words_of(views.summary(run.stats, changed(run.result, metric="cett_kl"), None))
     assert "Activation ratio at CETT-KL-1%" in text.replace("\n", " ")
     assert "a KL divergence of 1 %" in text
+
+
+def in_doubt(removed: Any) -> SimpleNamespace:
+    """A search whose passes were spent: 5 may go, 9 do not on all text, 7 do not on some of it."""
+    curve = [
+        {"n_removed": 5, "ppl_increase_percent": 0.95, "n_tokens": 8192, "standard_error_percent": 0.0},
+        {"n_removed": 3, "ppl_increase_percent": -0.16, "n_tokens": 1024, "standard_error_percent": 0.217},
+        {"n_removed": 7, "ppl_increase_percent": 1.3, "n_tokens": 4096, "standard_error_percent": 0.4},
+        {"n_removed": 9, "ppl_increase_percent": 1.02, "n_tokens": 8192, "standard_error_percent": 0.0},
+        {"n_removed": 12, "ppl_increase_percent": 1.4, "n_tokens": 8192, "standard_error_percent": 0.0},
+    ]
+    heldout = removed.heldout | {"holds": False, "verdict": "not refuted", "interval": [0.1, 2.0]}
+    heldout |= {"holding": None, "holding_tried": 2}
+    return changed(removed, resolved=False, n_removable=5, curve=curve, heldout=heldout)
+
+
+def test_what_the_search_left_open_stands_beside_the_set(run: Any) -> None:
+    removed = in_doubt(run.removed)
+    for html in (views.removal_verdict(removed), views.summary(run.stats, run.result, removed)):
+        assert "The passes of the search were spent: 9 cost more, not all between and above was measured." in words_of(
+            html
+        )
+        assert "No shorter set holds there of 2 that were tried." in words_of(html)
+    assert "can go for good, perhaps more; this" in words_of(views.headline(run.stats, None, removed))
+    spent = changed(removed, curve=removed.curve[:3])
+    assert "The passes of the search were spent: more may go." in words_of(views.removal_verdict(spent))
+    lead = "whether it is the largest was not settled"
+    assert lead in report(run.stats, run.result, removed).html
+    assert lead not in report(run.stats, run.result, run.removed).html
+    for html in (views.removal_verdict(run.removed), views.headline(run.stats, None, run.removed)):
+        assert not re.search("settled|spent|perhaps", html)
+
+
+def test_the_headline_says_what_was_measured_and_what_was_asked(run: Any) -> None:
+    text = words_of(views.headline(run.stats, run.result))
+    assert "perplexity then changes by +1.02 % (target +1 %)" in text
+    assert "within" not in text
+    by_kl = words_of(views.headline(run.stats, changed(run.result, metric="cett_kl")))
+    assert "the target is a KL divergence of 1 %, measured at 0.985 %" in by_kl
+
+
+def test_a_ratio_of_damages_has_the_digits_of_its_standard_error(run: Any) -> None:
+    control = run.removed.control | {"seeds": [0, 1, 2], "sd_percent": 2.1, "n_tokens": 1024}
+    control |= {"ppl_increase_percent": 10.503, "ratio": 11.0188}
+    for error, said in ((1.904, "about 11 times"), (0.19, "about 11.0 times"), (0.0, ": 11.02 times")):
+        removed = changed(run.removed, control=control | {"standard_error_percent": error})
+        assert f"{said} the damage of these" in words_of(views.removal_verdict(removed))
+
+
+def test_points_from_fewer_tokens_are_hollow_and_in_the_key(run: Any) -> None:
+    html = views.removal_curve(in_doubt(run.removed))
+    assert html.count('class="dot few"') == 3  # one of them in the key
+    assert "estimated from 1,024 tokens, standard error 0.217 points" in words_of(html)
+    assert "estimated from 1,024 to 4,096 of them" in words_of(html)
+    assert "few" not in views.removal_curve(run.removed)
+
+
+def test_a_largest_contribution_that_is_no_example_says_where_it_is(run: Any) -> None:
+    assert "first token" not in views.neuron_card(run.stats, 1, 7, n_examples=0)
+    run.stats.contribution_max = run.stats.contribution_max * 1.5
+    assert "(on a window's first token, never an example)" in words_of(views.neuron_card(run.stats, 1, 7))
+    run.stats.contribution_max = run.stats.example_value[..., 0] * 1.00002  # the same in three digits
+    assert "first token" not in views.neuron_card(run.stats, 1, 7)
+
+
+def test_one_token_under_many_neurons_is_remarked_on(run: Any) -> None:
+    mean = run.stats.contribution_sum.ravel()
+    strongest, place = mean.argsort(descending=True)[:8], run.stats.example_position.clone().reshape(mean.numel(), -1)
+    place[:, 0] = torch.arange(mean.numel())
+    for same, said in ((2, False), (3, True)):
+        place[strongest[:same], 0] = 1
+        run.stats.example_position = place.reshape(run.stats.example_position.shape)
+        text = words_of(views.neuron_examples(run.stats))
+        assert ("The top example is the same token for 3 of 8: often an attention sink." in text) is said
+        assert text.count("attention sink") == int(said)
+
+
+def test_the_first_column_of_the_map_is_explained(run: Any) -> None:
+    assert "uses the first token as an attention sink" in words_of(views.passage_map(run.passage))

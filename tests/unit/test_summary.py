@@ -123,6 +123,10 @@ def test_a_removal_says_its_controls_its_interval_and_what_holds(removed: Ablati
         "  on 1,000 held-out tokens: +1.500 %, 95 % interval +0.500 to +2.500 %, not refuted",
         "  the 1 weakest hold there (+0.200 %, at most +0.900 %), chosen on that text",
     ]
+    rough = control | {"standard_error_percent": 0.9}
+    assert summary_lines(None, None, replace(removed, control=rough))[2].endswith(
+        "about 2.5 times the damage of this ranking"
+    )
     one = control | {"seeds": [0], "sd_percent": None, "ratio": None}
     none = summary_lines(None, None, replace(removed, control=one, heldout=heldout | {"holding": None}))
     assert none[2].endswith("+3.000 % (1 seed; 500 tokens)")

@@ -87,22 +87,31 @@
         cell: (at) => [make("span", { class: "swatch class-" + CLASS_STYLES[sections.class[at]] }), CLASSES[sections.class[at]]] },
       ...header.columns.map(({ key, short, unit }) => ({
         key, label: short, number: true,
-        cell: (at) => written(value(key, at), unit),
+        cell: (at) => (key === "n_triggers" && value(key, at) === 0 ? "–" : written(value(key, at), unit)),
         sort: (at) => (sections[key][at] === NONE ? NaN : sections[key][at]),
       })),
     ];
     if (sections.kind) {
-      columns.splice(2, 0, { key: "kind", label: "kind", cell: (at) => kindsOf(at).join(", "), sort: (at) => sections.kind[at] || NaN });
+      columns.push({ key: "kind", label: "kind", cell: (at) => kindsOf(at).join(", "), sort: (at) => sections.kind[at] || NaN });
     }
     if (sections.removal) {
       columns.push({ key: "removal", label: "can go as", number: true,
         cell: (at) => (sections.removal[at] ? "no. " + count(sections.removal[at]) : "stays"), sort: (at) => sections.removal[at] || NaN });
     }
 
+    // What says most comes first, to be seen on a phone too; kinds where there are none come last.
+    const rank = ({ key }) => {
+      if (key === "kind" && !sections.kind.some(Boolean)) return columns.length;
+      const place = ["neuron", "class", "mean", "removal", "rise", "frequency", "largest", "share", "kind"].indexOf(key);
+      return place < 0 ? columns.length - 1 : place;
+    };
+    columns.sort((a, b) => rank(a) - rank(b));
+
     let shown = Uint32Array.from({ length: n }, (_, at) => at);
     let order = { key: "mean", down: true }, active = 0, opened = -1;
 
-    const widths = { neuron: 16, class: 13, kind: 25 }, wide = (column) => widths[column.key] || 15;
+    const widths = { neuron: name(n - 1).length + 1.2, class: 11.6, mean: 11, rise: 12, frequency: 8, largest: 11, share: 9, kind: 16, logit_kurtosis: 10 };
+    const wide = (column) => widths[column.key] || 9;
     scroller.querySelector("table").style.minWidth = columns.reduce((sum, column) => sum + wide(column), 0) + "ch";
     const head = make("tr", { role: "row" });
     columns.forEach((column) => {
@@ -135,7 +144,9 @@
 
     // Search: a place (3:17, L3 N17), a neuron (17), or a text among the tokens of the neurons that bring them along.
     const matcher = (query) => {
-      const place = /^l?(\d+)(?:\s*[:,./·]\s*n?|\s+n?|n)(\d+)$/i.exec(query);
+      const layer = /^(?:l|layer)\s*(\d+)$/i.exec(query);
+      if (layer) return (at) => layers[Math.floor(at / width)] === Number(layer[1]);
+      const place = /^(?:l|layer\s*)?(\d+)(?:\s*[:,./·]\s*n?|\s+n?|n)(\d+)$/i.exec(query);
       if (place) {
         const [layer, neuron] = [Number(place[1]), Number(place[2])];
         return (at) => layers[Math.floor(at / width)] === layer && at % width === neuron;
@@ -306,12 +317,21 @@
       return part;
     };
 
+    // Whether the largest contribution is on a token that is never an example, as far as the digits that are shown tell.
+    const onFirst = (at) => {
+      const slot = slotOf(at);
+      if (slot === undefined || !sections.example_first[slot]) return false;
+      const top = sections.example_value[slot * header.examples.count];
+      return top === NONE || number(decoder({ scale: "log", ...header.examples })(top)) !== number(value("largest", at));
+    };
     const facts = (at) => {
       const items = [["class", CLASSES[sections.class[at]]]];
       if (sections.kind && sections.kind[at]) items.push(["kind", kindsOf(at).join(", ")]);
       header.columns.forEach(({ key, label, unit }) => {
         let said = written(value(key, at), unit) + (unit === "bits" ? " bits" : "");
         if (unit === "rise") said = "perplexity " + said + ", " + words.alone;
+        if (key === "n_triggers" && value(key, at) === 0) said = "no set of at most 5 tokens covers it";
+        if (key === "largest" && onFirst(at)) said += " (on a window's first token, never an example)";
         if (key === "frequency") said += value(key, at) === 0 ? " of " + count(header.tokens) + " tokens; at most " + words.never + " (95 %)" : " of " + count(header.tokens) + " tokens";
         items.push([label, said]);
       });
@@ -321,7 +341,8 @@
         const place = sections.removal[at];
         items.push(["removed with others", place
           ? "can go: number " + count(place) + " of " + count(words.nRemovable) + " " + words.removal
-          : "stays: not among the " + count(words.nRemovable) + " that can go " + words.removal]);
+          : "stays: not among the " + count(words.nRemovable) + " that can go " + words.removal + (words.alone
+            ? ". The set is chosen in the order of the ranking, and the cost alone is not the cost together with others" : "")]);
       }
       return make("dl", {}, ...items.map(([term, text]) => make("div", {}, make("dt", {}, term), make("dd", {}, text))));
     };
@@ -351,7 +372,11 @@
     }
     let waiting = 0;
     scroller.addEventListener("scroll", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(render); });
-    addEventListener("resize", render);
+    const frame = scroller.parentElement, hint = () => {
+      frame.classList.toggle("more", scroller.scrollLeft + scroller.clientWidth < scroller.scrollWidth - 2);
+    };
+    scroller.addEventListener("scroll", hint);
+    addEventListener("resize", () => { render(); hint(); });
     tbody.addEventListener("click", (event) => {
       const row = event.target.closest("[data-index]");
       if (!row) return;
@@ -373,6 +398,7 @@
     root.querySelector(".explorer-off").hidden = true;
     root.querySelector(".explorer-on").hidden = false;
     filter();
+    hint();
     const asked = /neuron=(\d+):(\d+)/.exec(location.hash), row = asked ? layers.indexOf(Number(asked[1])) : -1;
     if (row >= 0) root.scrollIntoView();
     const place = row >= 0 && Number(asked[2]) < width ? shown.indexOf(row * width + Number(asked[2])) : 0;
