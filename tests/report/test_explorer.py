@@ -108,12 +108,14 @@ def test_gradients_predict_what_each_neuron_alone_costs(run: Run, replacement: s
     saliency = synthetic_saliency(run.stats)
     header, sections = unpacked(run, saliency=saliency)
     place = 0.0 if replacement == "zero" else saliency.activation_sum / 4096
-    nats = (place * saliency.gradient_sum - saliency.product_sum) / 4088
+    fisher = saliency.product_sq_sum - 2 * place * saliency.product_gradient_sum + place**2 * saliency.gradient_sq_sum
+    nats = (place * saliency.gradient_sum - saliency.product_sum + fisher.clamp_min(0) / 2) / 4088
     assert nats.min() < -1e-4
     assert nats.max() > 1e-2
     np.testing.assert_allclose(decoded(header, sections, "rise"), nats.ravel(), rtol=5e-4, atol=1e-8)
     html = neuron_table(run.stats, run.result, run.removed, saliency=saliency)
-    assert "predicted to first order from gradients on 4,096 tokens of speeches for ranking, with " in html
+    said = "predicted from gradients (first order, and half the Fisher information for the second) on 4,096 tokens of "
+    assert f"{said}speeches for ranking, with " in html
     assert f"with {'zero' if replacement == 'zero' else 'its mean'} in its place on every token" in html
 
 
