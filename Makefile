@@ -1,7 +1,8 @@
 # Every target sets up what it needs in .venv and is fast the second time. Nothing is installed outside this folder.
 #   make report      measure the built-in model and write runs/smollm2-135m-sotu/report.html
 #   make test        the tests, on two cores
-#   make soak        the fuzzed and the killed runs, sixteen times as many (200 runs killed and taken up again)
+#   make soak        the fuzzed and the killed runs, sixteen times as many (200 runs killed and taken up again), and
+#                    studies in two processes, interrupted and killed
 #   make test-eval   the tests of downstream tasks; installs lm-eval into .venv first (210 MB)
 #   make check       ruff and mypy
 #   make bench       the benchmarks
@@ -42,8 +43,8 @@ test-eval: $(VENV)/.installed-test $(VENV)/.installed-eval
 	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/integration/test_downstream.py neuron_sparsity/downstream.py
 
 soak: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) --hypothesis-profile=soak \
-		tests/cli/test_fuzzed_*.py tests/integration/test_kills.py
+	$(VENV)/bin/python -m pytest $(PYTEST_ARGS) --hypothesis-profile=soak -m "" \
+		tests/cli/test_fuzzed_*.py tests/integration/test_kills.py tests/integration/test_study_launched.py
 
 check: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

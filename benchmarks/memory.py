@@ -53,7 +53,7 @@ class SyntheticStack(MLPAdapter):
             fingerprint="synthetic",
         )
         self.layers, self.forward = list(layers), "random numbers"
-        self.model: Any = SimpleNamespace(tokenizer=None)
+        self.model: Any = SimpleNamespace(tokenizer=None, cfg=SimpleNamespace(d_vocab=1000, n_ctx=1 << 20))
         self.w_norms = [torch.ones(d_mlp) for _ in layers]
 
     def final_residual(self, tokens: Tensor, on_post: Any = None) -> Tensor:

@@ -324,10 +324,10 @@ def test_weights_that_are_not_finite(
 
 
 def test_what_is_no_transformer_lens_model(tiny_hf_models: Any) -> None:
-    for model in (torch.nn.Linear(2, 2), tiny_hf_models("opt"), None, 3):
-        with pytest.raises(
-            TypeError, match=rf"^model must be a .*, got {type(model).__name__}; TransformerBridge\.boot"
-        ):
+    opt = tiny_hf_models("opt")
+    given = {"Linear": torch.nn.Linear(2, 2), type(opt).__name__: opt, "None": None, "3": 3}
+    for said, model in given.items():
+        with pytest.raises(TypeError, match=rf"^model must be a .*, got {said}; TransformerBridge\.boot"):
             attach(model)
 
 

@@ -130,6 +130,7 @@ def test_two_processes_train_as_one(one: list[dict[str, Any]], two: tuple[Path, 
         assert not [path.name for path in checkpoint.iterdir() if path.name.startswith(("optimizer", "scheduler"))]
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("launcher", [TORCHRUN, ALONE], ids=["two", "one"])
 def test_an_interrupted_study_goes_on(
     launcher: tuple[str, ...], file: Path, one: list[dict[str, Any]], tmp_path: Path
@@ -152,6 +153,7 @@ def test_an_interrupted_study_goes_on(
     assert content(out) == one
 
 
+@pytest.mark.soak
 def test_a_process_that_is_gone_ends_the_others(file: Path, one: list[dict[str, Any]], tmp_path: Path) -> None:
     script, out = tmp_path / "killed.py", tmp_path / "out"
     script.write_text(KILLED, encoding="utf-8")

