@@ -67,7 +67,8 @@ def test_evaluate_says_how_to_get_lm_eval(
     from neuron_sparsity import downstream
 
     monkeypatch.setattr(downstream, "find_spec", lambda name: None)
-    with pytest.raises(downstream.MeasurementError, match=r'need the package lm-eval: pip install -e "\.\[eval\]" in the clone'):
+    said = r'need the package lm-eval: pip install -e "\.\[eval\]" in the clone'
+    with pytest.raises(downstream.MeasurementError, match=said):
         downstream.evaluate(None, None)
     refused = cli("evaluate", "a model that would not load", "--out", whole_run())
     assert 'pip install -e ".[eval]" in the clone' in refused.error()

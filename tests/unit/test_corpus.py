@@ -457,7 +457,8 @@ def test_data_set_errors(datasets, monkeypatch):
     with pytest.raises(ValueError, match=r"got 'hf:'$"):
         load_corpus("hf:", MODEL)
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(CorpusError, match=r'^hf:set needs the package datasets: pip install -e "\.\[hf\]" in the clone$'):
+    needs = r'^hf:set needs the package datasets: pip install -e "\.\[hf\]" in the clone$'
+    with pytest.raises(CorpusError, match=needs):
         load_corpus("hf:set", MODEL)
 
 
