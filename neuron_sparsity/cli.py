@@ -124,11 +124,15 @@ def report(
         report_commands.compare_again(context, compare, out, quiet=quiet, as_json=as_json)
         return
     check_question(p, ranking, replacement, scope, metric)
-    if (Path(model) / "run.json").is_file():
-        if report_commands.is_trajectory(context, Path(model)):
-            track_command.show(Path(model), quiet=quiet, as_json=as_json)
+    folder = Path(model)
+    if report_commands.holds(context, folder, "study"):
+        study_command.show(folder, quiet=quiet, as_json=as_json)
+        return
+    if (folder / "run.json").is_file():
+        if report_commands.holds(context, folder, "trajectory"):
+            track_command.show(folder, quiet=quiet, as_json=as_json)
         else:
-            report_commands.render_again(context, Path(model), neurons or [], quiet=quiet, as_json=as_json)
+            report_commands.render_again(context, folder, neurons or [], quiet=quiet, as_json=as_json)
         return
     if neurons:
         raise ValueError(f"--neurons is for a run folder, {model} is none; render it again when it is measured")

@@ -10,7 +10,7 @@ import typer
 from neuron_sparsity.console import conclude, print_json, say
 from neuron_sparsity.terminal import given
 
-__all__ = ["compare_again", "is_trajectory", "neuron_places", "render_again"]
+__all__ = ["compare_again", "holds", "neuron_places", "render_again"]
 
 _SAID = ("quiet", "as_json")
 
@@ -42,11 +42,11 @@ def neuron_places(texts: Sequence[str]) -> list[tuple[int, int]]:
     return found
 
 
-def is_trajectory(context: typer.Context, folder: Path) -> bool:
-    """Return whether a run folder is one that `track` has filled: it holds a trajectory and no recording."""
-    found = (folder / "trajectory.json").is_file() and not (folder / "statistics.safetensors").exists()
+def holds(context: typer.Context, folder: Path, what: str) -> bool:
+    """Return whether a folder is one that `track` ("trajectory") or `study` has filled: that file and no recording."""
+    found = (folder / f"{what}.json").is_file() and not (folder / "statistics.safetensors").exists()
     if found:
-        _refuse_others(context, ("model",), f"{folder} holds a trajectory, rendered as it is")
+        _refuse_others(context, ("model",), f"{folder} holds a {what}, rendered as it is")
     return found
 
 

@@ -21,7 +21,7 @@ from neuron_sparsity.terminal import one_line_errors
 if TYPE_CHECKING:
     from neuron_sparsity.study import StudyConfig
 
-__all__ = ["study"]
+__all__ = ["show", "study"]
 
 
 @one_line_errors
@@ -74,7 +74,7 @@ def study(
         with redirect_stdout(io.StringIO()):  # stdout is for results, and some libraries print there
             run_study(found, out, only=only or (), jobs=jobs, device=device, progress=progress)
     if launched()[0] == 0 and PARENT not in os.environ:  # the process that started this one puts the page together
-        _show(out, quiet=quiet, as_json=as_json)
+        show(out, quiet=quiet, as_json=as_json)
 
 
 def _file(path: Path) -> Path:
@@ -117,7 +117,8 @@ def _say_plan(config: StudyConfig, arguments: str, *, as_json: bool) -> None:
     say(f"in one for each GPU, a number that divides the batch of {plan.batch}: {start['several']}")
 
 
-def _show(folder: Path, *, quiet: bool, as_json: bool) -> None:
+def show(folder: Path, *, quiet: bool, as_json: bool) -> None:
+    """Write the page of a study's folder, and print what it found."""
     from neuron_sparsity.run_results import render_study
     from neuron_sparsity.summary import study_lines
 

@@ -99,6 +99,11 @@ def test_a_study_from_a_file(cli: Callable[..., Any], file: Callable[..., Path],
     again = cli("study", "--config", path, "--out", out, "--device", "cpu", "--json")
     assert again.json["runs"] == json.loads(json.dumps(result.to_json()))["runs"]
     assert cli("study", "--config", out / "config.json", "--out", out, "--device", "cpu", "--quiet").out == ""
+    (out / "report.html").unlink()
+    rendered = cli("report", out)
+    assert rendered.out.splitlines() == lines
+    assert (out / "report.html").is_file()
+    assert "holds a study, rendered as it is" in cli("report", out, "--tokens", "64").error()
     other = file(training={"learning_rate": 0.5})
     assert (
         "holds another run (training.learning_rate: 0.02, not 0.5)"
