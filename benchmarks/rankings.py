@@ -40,7 +40,10 @@ def options() -> argparse.Namespace:
     made.add_argument("--only-refined", action="store_true", help="with --refine: leave out the rankings as they were")
     made.add_argument("--rounds", type=int, default=4)
     made.add_argument("--keep", type=Path, help="folder for gradients")
-    return made.parse_args()
+    given = made.parse_args()
+    if given.only_refined and not given.refine:
+        made.error("--only-refined leaves nothing to measure without --refine")
+    return given
 
 
 def rankings(given: argparse.Namespace, adapter: MLPAdapter, windows: Windows) -> Iterator[tuple[ns.Ranking, str]]:

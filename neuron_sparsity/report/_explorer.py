@@ -223,7 +223,7 @@ def _predicted_rise(
 ) -> NDArray[np.float64] | None:
     """Return the rise of the mean loss in nats that gradients predict of removing each neuron alone.
 
-    To first order a value at a random other token costs what the mean costs: "resample" is predicted by it.
+    "resample" is predicted as the mean, which is what the page then says: exact to first order, and too low to second.
 
     Raises:
         ValueError: If the saliency is not of `shape`, one value a neuron.
