@@ -9,7 +9,7 @@
 #   make kernels     compile every kernel ahead of time for two GPU generations; no GPU is needed
 #   make notebooks   run every notebook from top to bottom, and what is tested of widgets in one
 #   make docs        build the documentation into site/
-#   make ci-tl3      the tests on TransformerLens 3.9.0, in .venv-tl3, but for those of kernels
+#   make ci-tl3      the tests on TransformerLens 3.9.0, in .venv-tl3, but for those that see no model
 #   make clean       remove environments, caches and built files (runs/ stays)
 # Another interpreter: make PYTHON=python3.12 test. Another index: make PIP_ARGS="--index-url URL" test.
 PYTHON ?= python3
@@ -72,9 +72,9 @@ docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 	@echo "site/index.html"
 
-# Kernels take tensors and never see a model: once, in make test, is enough.
+# Kernels take tensors, pages and views results: they never see a model, and once, in make test, is enough.
 ci-tl3: $(VENV_TL3)/.installed-test
-	$(VENV_TL3)/bin/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels
+	$(VENV_TL3)/bin/python -m pytest $(PYTEST_ARGS) --ignore=tests/kernels --ignore=tests/report
 
 clean:
 	rm -rf $(VENV) $(VENV_TL3) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
