@@ -9,8 +9,8 @@ them that share passes:
    Without them no ranking is worth its name.
 4. Held-out text: the rise on windows the search never saw, with its 95 % interval (confirmation.py).
 
-All of it costs at most 10 F, one F being a dense forward pass over the calibration part, if the held-out part is no
-larger; five more for each further p.
+All of it costs at most 10 F, one F being a dense forward pass over the calibration part, and 5 F more for each further
+p. Half of that is the search's in any case: many controls or a large held-out part come on top.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ PARTIAL = "ablation.partial.json"
 """What an interrupted search has measured."""
 
 _CALIBRATION, _HELDOUT = "calibration", "held-out"
-_MAX_PASSES = 10.0
-_FURTHER_PASSES = 5.0  # for each further p
+_MAX_PASSES = (10.0, 5.0)  # for the first p, with the dense passes; for each further one
+_LEAST_SEARCH = (5.0, 2.5)  # of that
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class AblationResult:
         n_neurons: Neurons of the model.
         n_removable: How many of the weakest may go.
         removable: They, as (layer, neuron), weakest first.
-        reached: Whether removing more was measured to cost more than p; if not, everything may go.
+        reached: False where everything may go: all neurons were removed, and that holds.
         ppl_dense: Perplexity of the model as it is, on the calibration part.
         ppl_ablated: The same without the removable neurons.
         ppl_increase_percent: The measured rise.
@@ -83,9 +83,10 @@ class AblationResult:
             ranking's own pass, with a `standard_error_percent`. None where nothing is removable, or no controls were
             asked for.
         heldout: The same removal on text that the search never saw: `interval` is the 95 % interval of the rise in
-            percent (None with fewer than 5 windows: then the point decides), `verdict` is "holds", "not refuted" or
-            "fails", `holds` whether it is the first; `holding` is the shorter prefix that holds there, chosen on that
-            text, or None. `unseen_by_ranking` is true where the ranking is known to have seen nothing of it.
+            percent (None with fewer than 5 windows: then nothing is said to hold), `verdict` is "holds", "not refuted"
+            or "fails", `holds` whether it is the first; `holding` is the shorter prefix that holds there, chosen on
+            that text, or None. `unseen_in_search`, `unseen_by_ranking`: whether the search and the ranking are known
+            to have seen nothing of it.
         ranking_corpus: What the ranking was made on; `unseen_in_search`: whether the calibration part shares nothing
             with it. A ranking flatters itself on its own text.
         model: What was measured.
@@ -94,7 +95,7 @@ class AblationResult:
         provenance: Versions, seed, command.
         ranking_sha256: Hash of the order of removal.
         resolved: Whether the search ended by itself: the next larger count measured to cost more is 1 % further on
-            at most, or next to it, and none up to 25 % above holds. If not, its passes were spent.
+            at most, or next to it, and none up to 25 % above holds. If not, its passes were spent, and more may go.
         per_p: What was found for each p that was asked for together.
     """
 
@@ -195,7 +196,7 @@ def removable_sets(
         ranking: Order of removal, made on this model.
         p_percents: Rises of perplexity that are allowed, > 0.
         replacement: `"mean"`, `"zero"` or `"resample"`, which draws from the calibration part.
-        heldout: Windows to confirm on; then the search takes all of `windows`.
+        heldout: Windows to confirm on, none of which is among `windows`; then the search takes all of those.
         ranked_on: Text that the ranking was made on, if not on the calibration part: the result tells what it has
             seen of the others.
         n_controls: How many random controls, with seeds from `seed` on.
@@ -209,7 +210,8 @@ def removable_sets(
         One result for each p, in the order they were given.
 
     Raises:
-        ValueError: If p is not positive, the ranking is of another model or holds NaN, or the corpus is one window.
+        ValueError: If p is not positive, the ranking is of another model or holds NaN, the corpus is one window, or
+            a held-out window is also searched.
         MeasurementError: If losses are NaN or memory runs out.
         RunFolderError: If the folder cannot be written, or what is kept there is damaged.
     """
@@ -217,6 +219,8 @@ def removable_sets(
     _check(adapter, ranking, p_percents, n_controls)
     if heldout is None:
         windows, heldout = windows.split(0.5)
+    elif set(map(tuple, heldout.tokens.tolist())) & set(map(tuple, windows.tokens.tolist())):
+        raise ValueError("heldout holds windows that are searched too; give others, or leave it out")
     replacer = Replacer(
         adapter,
         replacement,
@@ -226,12 +230,10 @@ def removable_sets(
     )
     if ranked_on is not None and ranked_on.sha256 != ranking.corpus["sha256"]:
         raise ValueError(f"ranked_on is not what the ranking was made on ({ranking.corpus['name']}); leave it out")
-    run = _Run(adapter, {_CALIBRATION: windows, _HELDOUT: heldout}, ranking, ranked_on, replacer, seed)
-    run.begin(folder, batch_size, progress)
-    found = {
-        p: run.result(p, n_controls, _MAX_PASSES + k * _FURTHER_PASSES)
-        for k, p in enumerate(sorted(set(map(float, p_percents))))
-    }
+    texts, asked = {_CALIBRATION: windows, _HELDOUT: heldout}, sorted(set(map(float, p_percents)))
+    run = _Run(adapter, texts, ranking, ranked_on, replacer, seed, n_controls)
+    run.begin(folder, batch_size, progress, asked)
+    found = {p: run.result(p, first=p == asked[0]) for p in asked}
     together = tuple(_brief(found[p]) for p in sorted(found))
     return tuple(replace(found[float(p)], per_p=together) for p in p_percents)
 
@@ -281,15 +283,20 @@ class _Run:
         ranked_on: Windows | None,
         replacer: Replacer,
         seed: int,
+        n_controls: int,
     ) -> None:
         self.adapter, self.texts, self.ranking, self.replacer, self.seed = adapter, texts, ranking, replacer, seed
-        self.ranked_on = ranked_on
+        self.ranked_on, self.n_controls = ranked_on, n_controls
         self.sha256 = order_hash(ranking)
         self.start = time.perf_counter()
         self.share = texts[_HELDOUT].n_tokens / texts[_CALIBRATION].n_tokens
         self.removals: Removals
+        self.limit = 0.0  # of all passes, for the p so far and the next one
+        self.begun: dict[str, Any] = {"n_controls": n_controls, "passes": 0.0}  # what is asked, and was there before
 
-    def begin(self, folder: str | Path | None, batch_size: int | None, progress: Progress | None) -> None:
+    def begin(
+        self, folder: str | Path | None, batch_size: int | None, progress: Progress | None, asked: list[float]
+    ) -> None:
         """Take up what is kept in a folder, and make the dense pass."""
         if batch_size is None:  # one for all passes
             batch_size = default_batch_size(self.adapter, self.texts[_CALIBRATION].window)
@@ -299,12 +306,14 @@ class _Run:
         def keep() -> None:
             if path is not None and parallel.leads():
                 passes = {name: measured.to_json() for name, measured in self.removals.measured.items()}
-                write_json(path, {"question": self._question(), "passes": passes})
+                write_json(path, {"question": self._question(), "begun": self.begun, "passes": passes})
 
         self.removals = Removals(self.adapter, self.ranking, self.replacer, self.texts, options, keep)
+        self.begun["p_percents"] = asked
         if path is not None:
             make_folder(path.parent)
             self._take_up(path)
+        self.limit = self.begun["passes"]
         self.removals.dense(_CALIBRATION)
         self.measured = self.removals.measured[_CALIBRATION]
         self.ppl_dense = math.exp(self.measured.loss(DENSE))
@@ -327,21 +336,31 @@ class _Run:
             return  # of another question: it is written over
         for name, measured in self.removals.measured.items():
             decode(path, partial(lambda name, measured: measured.take_up(data["passes"][name]), name, measured))
+        begun = data.get("begun", {})
+        same = all(begun.get(name) == self.begun[name] for name in ("p_percents", "n_controls"))
+        # The passes of another p are no part of what this one may cost; those of this call, interrupted, are.
+        self.begun["passes"] = decode(path, lambda: float(begun["passes"])) if same else self.removals.passes
 
-    def result(self, p_percent: float, n_controls: int, limit: float) -> AblationResult:
-        """Search, measure the controls and confirm, for one p, with at most `limit` passes made in all."""
+    def result(self, p_percent: float, *, first: bool) -> AblationResult:
+        """Search, measure the controls and confirm, for one p."""
         target = math.log1p(p_percent / 100)
-        confirming = 3 * self.share  # dense, ablated, and one shorter prefix
-        comparing = n_controls * self.measured.levels[0] / self.measured.windows.n_windows
+        comparing = self.n_controls * self.measured.levels[0] / self.measured.windows.n_windows
         if self.replacer.replacement == "resample":
             comparing += min(1.0, BANK_TOKENS / self.texts[_CALIBRATION].n_tokens)
-        search = PrefixSearch(self.removals, _CALIBRATION)
-        resolved = search.run(target, limit - confirming - comparing)
+        trying = (2 if first else 1) * self.share  # shorter prefixes on the held-out text; more if passes are left
+        rest = comparing + trying + (2 if first else 1) * self.share
+        most, least = (made[0 if first else 1] for made in (_MAX_PASSES, _LEAST_SEARCH))
+        self.limit += max(most, least + rest)
+        limit, search = self.limit, PrefixSearch(self.removals, _CALIBRATION)
+        resolved = search.run(target, limit - rest)
+        if not resolved and not search.answer(target):  # better a small set that is not confirmed as well than none
+            resolved = search.run(target, limit - rest + trying)
         n = search.answer(target)
-        rise, seeds = search.estimate(n)[0], [self.seed + k for k in range(n_controls)]
-        control = compare(self.removals, _CALIBRATION, n, seeds, limit - confirming) if n and seeds else None
+        rise, seeds = search.estimate(n)[0], [self.seed + k for k in range(self.n_controls)]
+        control = compare(self.removals, _CALIBRATION, n, seeds, limit - rest + comparing) if n and seeds else None
         heldout = confirm(self.removals, _HELDOUT, n, p_percent, search, limit) if n else None
         if heldout is not None:
+            heldout["unseen_in_search"] = not share_text(self.texts[_HELDOUT], self.texts[_CALIBRATION])
             heldout["unseen_by_ranking"] = self._unseen_by_ranking(_HELDOUT)
         return AblationResult(
             p_percent=p_percent,
@@ -371,7 +390,8 @@ class _Run:
         """Whether a text shares nothing with what the ranking was made on; False where that is not known."""
         if self.ranked_on is not None:
             return not share_text(self.texts[text], self.ranked_on)
-        return text == _HELDOUT and bool(self.ranking.corpus["sha256"] == self.texts[_CALIBRATION].sha256)
+        on_calibration = self.ranking.corpus["sha256"] == self.texts[_CALIBRATION].sha256
+        return text == _HELDOUT and on_calibration and not share_text(self.texts[_HELDOUT], self.texts[_CALIBRATION])
 
     def _point(self, search: PrefixSearch, n: int) -> dict[str, float]:
         rise, error = search.estimate(n)

@@ -2,7 +2,8 @@
 
 The set *holds* on held-out text if the whole 95 % interval of the rise (paired bootstrap over windows) is at most p, is
 *not refuted* if p lies inside, and *fails* if the interval lies above. Where it does not hold, a shorter prefix that
-does is looked for there; chosen on that text, it is no longer unseen.
+does is looked for there; chosen on that text, it is no longer unseen. On fewer than five windows there is no interval,
+and nothing is said to hold.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from neuron_sparsity.tally import DENSE, control_key, prefix_key
 __all__ = ["compare", "confirm", "rise_percent"]
 
 _CONTROL_ERROR = 0.2  # of the damage: a control that is known as well needs no more windows
-_HOLDING_TRIES = 3
+_SHORTER = (0.9, 0.5, 0.25)
+"""How much shorter each try is than the one before; the first is cut by the slope first, but intervals shrink less."""
 _MOST = 500.0  # of a mean loss: its perplexity still is a number
 
 
@@ -82,12 +84,15 @@ def confirm(
         limit: Of `Removals.passes`, for the shorter sets.
     """
     removals.dense(text)
-    measured, (slope, tried) = removals.measured[text], (search.slope(n), 0)
+    measured, slope = removals.measured[text], search.slope(n)
     share = measured.windows.n_tokens / search.measured.windows.n_tokens
     own = found = _on(removals, text, n, p_percent)
-    while not found["holds"] and n > 1 and tried < _HOLDING_TRIES and removals.passes + share <= limit + 1e-9:
-        upper = (found["interval"] or [0.0, found["ppl_increase_percent"]])[1]
-        n = max(1, min(n - 1, math.floor(n * max(0.05, 0.95 * (p_percent / upper) ** (1 / slope)))))
+    tried = 0
+    while not found["holds"] and found["interval"] and n > 1 and tried < len(_SHORTER):
+        if removals.passes + share > limit + 1e-9:
+            break
+        by_slope = 1.0 if tried else min(1.0, (p_percent / found["interval"][1]) ** (1 / slope))
+        n = max(1, min(n - 1, math.floor(n * _SHORTER[tried] * by_slope)))
         found, tried = _on(removals, text, n, p_percent), tried + 1
     holding = {"n_removable": n} | found | {"chosen_on": "held-out text"} if tried and found["holds"] else None
     return own | {
@@ -103,11 +108,12 @@ def _on(removals: Removals, text: str, n: int, p_percent: float) -> dict[str, An
     rise = rise_percent(measured.rise(key)[0])
     ends = paired_interval(measured.difference(key).sum(axis=1), measured.scored.sum(axis=1))
     interval = None if ends is None else [rise_percent(end) for end in ends]
-    low, high = interval or [rise, rise]
+    low, high = interval or [rise, math.inf]
+    holds = high <= p_percent
     return {
         "ppl_ablated": math.exp(min(measured.loss(key), _MOST)),
         "ppl_increase_percent": rise,
         "interval": interval,
-        "verdict": "holds" if high <= p_percent else "fails" if low > p_percent else "not refuted",
-        "holds": high <= p_percent,
+        "verdict": "fails" if low > p_percent else "holds" if holds else "not refuted",
+        "holds": holds,
     }

@@ -3,14 +3,16 @@
 Passes add up (tally.py), so that a search that was interrupted, or that asks for another p, goes on with what is there.
 The next step follows from what was measured alone:
 
-1. A count is first measured on few windows, evenly spread. The standard error of its paired difference, over the
-   eighths, tells whether its rise is above or below the target; if that lies within two standard errors, twice as
-   many windows are run, up to all. Where a count near it was measured on all windows, its difference there takes away
-   most of the error (regression on a control variate).
-2. The next count comes from log(rise) against log(count), between the largest count that seems to hold and the smallest
-   above it that does not, until these two are 1 % apart, or neighbours, and both measured on all windows.
-3. The curve need not be monotone: counts 5, 12 and 25 % above the answer are measured too, and one that holds
-   becomes the answer, from which the search goes on.
+1. On few windows, evenly spread, always the same: a handful of counts, from log(rise) against log(count), until the
+   target lies between two that are near each other. Windows differ more than counts do: what the few say is off by
+   tens of percent, and more of them would not pay.
+2. On all windows, where the target is expected: between the largest count that holds and the smallest above it that
+   does not, by the line through both; while there is only one of them, by the slope there, and further the more counts
+   did not hold. A little below that place (up to 2 %, by how far it is extrapolated), since a count that holds is an
+   answer, and one that does not is none. Until the two are 1 % apart, or neighbours.
+3. The curve need not be monotone: counts 5, 12 and 25 % above the answer are measured too, on as many windows as their
+   standard errors need (over the eighths, with the difference of a near count that was measured on all windows as a
+   control variate); one that holds becomes the answer, from which the search goes on.
 """
 
 from __future__ import annotations
@@ -36,10 +38,15 @@ from neuron_sparsity.tally import DENSE, Measured, control_key, prefix_key
 __all__ = ["PrefixSearch", "Removals", "order_hash", "step_at"]
 
 _CLEAR = 2.0  # standard errors
+_SURE = 3.5  # standard errors from few windows, which know little of the others
 _RESOLUTION = 0.01
 _BEYOND = (1.05, 1.12, 1.25)
 _SMALL_BANK = 4096  # neurons
-_CROWD = 4  # measured counts so near the answer: from there on the bracket is halved
+_PLACED = 0.5  # of the count: two so near each other on few windows are near enough
+_PLACING = 5  # counts on few windows
+_BELOW, _BELOW_SHARE = 0.02, 0.2  # of the count; of the way from the nearest one
+_FURTHER = 0.9  # of the target, for each count that did not hold while none has
+_CROWD = 5  # counts on all windows so near the answer: from there on the bracket is halved
 
 
 def order_hash(ranking: Ranking) -> str:
@@ -150,6 +157,7 @@ class PrefixSearch:
     def __init__(self, removals: Removals, text: str) -> None:
         self.removals, self.text = removals, text
         self.measured, self.total = removals.measured[text], len(removals.order)
+        self._all = self.measured.windows.n_windows
 
     def run(self, target: float, limit: float) -> bool:
         """Measure until the answer is known, or until `limit` passes were made in all; return which.
@@ -160,17 +168,16 @@ class PrefixSearch:
         """
         while (step := self._next(target)) is not None:
             count, n_windows = step
-            cost = len(self.measured.missing(prefix_key(count), n_windows)) / self.measured.windows.n_windows
-            if self.removals.passes + cost + self._owed(target, count, n_windows) > limit:
-                self._settle(target, limit)
-                return self._next(target) is None
+            if not self.answer(target) and self.removals.passes + self._missing(count, n_windows) + 1 > limit:
+                count, n_windows = self._safest(target), self._all  # the last one that can be paid for has to hold
+            if self.removals.passes + self._missing(count, n_windows) > limit + 1e-9:
+                return False
             self.removals.prefix(self.text, count, n_windows)
         return True
 
     def answer(self, target: float) -> int:
         """Return the largest count that was measured on all windows and holds."""
-        holds = (n for n in self.counts() if self.measured.whole(prefix_key(n)))
-        return max((n for n in holds if self.estimate(n)[0] <= target), default=0)
+        return max((n for n in self._whole() if self.estimate(n)[0] <= target), default=0)
 
     def counts(self) -> list[int]:
         """Return every measured count above 0, ascending."""
@@ -181,20 +188,28 @@ class PrefixSearch:
         """Return the rise of the mean loss over all windows and its standard error: 0 where all were run."""
         if n == 0:
             return 0.0, 0.0
-        whole = [m for m in self.counts() if self.measured.whole(prefix_key(m)) and m != n]
+        whole = [m for m in self._whole() if m != n]
         near = min(whole, key=lambda m: abs(math.log(m / n)), default=None)
         return self.measured.rise(prefix_key(n), None if near is None else prefix_key(near))
 
-    def clear(self, n: int, target: float) -> bool:
+    def clear(self, n: int, target: float, errors: float = _CLEAR) -> bool:
         """Return whether a count is known to be above or below the target."""
         rise, error = self.estimate(n)
-        return abs(rise - target) > _CLEAR * error or self.measured.whole(prefix_key(n))
+        return abs(rise - target) > errors * error or self.measured.whole(prefix_key(n))
 
     def bracket(self, target: float) -> tuple[int, int]:
-        """Return the largest count that seems to hold, and the smallest above it that does not (or one too many)."""
-        counts = self.counts()
-        low = max((n for n in counts if self.estimate(n)[0] <= target), default=0)
-        return low, min((n for n in counts if n > low), default=self.total + 1)
+        """Return the largest count known to hold, and the smallest above it known not to (or one too many).
+
+        While none was measured on all windows, what few of them say is taken for known.
+        """
+        known = {n: self.estimate(n)[0] <= target for n in self.counts() if self.clear(n, target, _SURE)}
+        if not self._whole():
+            known = {n: self.estimate(n)[0] <= target for n in self.counts()}
+            low = max((n for n, holds in known.items() if holds), default=0)
+            return low, min((n for n in known if n > low), default=self.total + 1)
+        answer = self.answer(target)
+        high = min((n for n, holds in known.items() if n > answer and not holds), default=self.total + 1)
+        return max((n for n, holds in known.items() if n < high and holds), default=0), high
 
     def slope(self, n: int) -> float:
         """Return how steeply log(rise) goes with log(count) below and up to a count: 1 where too little is known."""
@@ -209,33 +224,68 @@ class PrefixSearch:
     def _next(self, target: float) -> tuple[int, int] | None:
         """Return the count to measure next and on how many windows, or None when the answer is known."""
         low, high = self.bracket(target)
-        for n in (low, high):
-            if 0 < n <= self.total and not self.clear(n, target):
-                return n, self._more(n)
-        if high - low > step_at(low):
-            return self._between(low, high, target), self.measured.levels[0]
+        apart = high - low > step_at(low)
+        if not self._whole():
+            counts = self.counts()
+            placing = len(counts) < _PLACING or all(self.clear(n, target, _SURE) for n in counts)
+            if apart and high - low > _PLACED * low and placing:
+                return self._place(low, high, target), self.measured.levels[0]
+            return low or min(counts, key=lambda n: abs(self.estimate(n)[0] - target)), self._all
+        if apart:
+            return self._root(low, high, target), self._all
         for n in (low, high):
             if 0 < n <= self.total and not self.measured.whole(prefix_key(n)):
-                return n, self.measured.windows.n_windows
+                return n, self._all
         return self._beyond(low, high, target)
 
-    def _between(self, low: int, high: int, target: float) -> int:
-        """Return a count that was not measured, where the target is expected."""
+    def _place(self, low: int, high: int, target: float) -> int:
+        """Return a count that was not measured, where few windows expect the target."""
+        counts, step = self.counts(), step_at(low)
+        if not counts:
+            return min(max(8, self.total // 200), self.total)
         if high > self.total and low >= self.total // 4:
             return self.total  # "everything may go" is said only of everything removed
-        counts, step = self.counts(), step_at(low)
-        points = [(n / self.total, self.estimate(n)[0]) for n in counts]
-        if not points:
-            return min(max(8, self.total // 200), self.total)
-        crowd = [n for n in counts if low / 1.1 <= n <= 1.1 * high]
-        root = round(next_cett(points, target, prior_slope=1.0) * self.total)
-        if high <= self.total and len(crowd) >= _CROWD:
-            root = (low + high) // 2
-        elif high <= self.total and high > 4 * max(low, 1) and (root <= low + step or root >= high - step):
-            root = round(math.sqrt(max(low, 1) * high))
-        return min(
-            max(root, low + step), high - 1 if high > self.total else high - min(step, high - low - 1), self.total
+        root = round(
+            next_cett([(n / self.total, self.estimate(n)[0]) for n in counts], target, prior_slope=1.0) * self.total
         )
+        if high <= self.total and high > 4 * max(low, 1) and (root <= low + step or root >= high - step):
+            root = round(math.sqrt(max(low, 1) * high))
+        return self._inside(root, low, high)
+
+    def _root(self, low: int, high: int, target: float) -> int:
+        """Return a count that was not measured, a little below where those on all windows expect the target."""
+        if high > self.total and low >= self.total // 4:
+            return self.total
+        rises = {n: self.estimate(n)[0] for n in (low, high) if 0 < n <= self.total}
+        known = max(rises, key=lambda n: rises[n]) if rises else 1
+        if len(rises) == 2 and 0 < rises[low] < rises[high]:
+            crowd = [n for n in self._whole() if low / 1.15 <= n <= 1.15 * high]
+            share = math.log(target / rises[low]) / math.log(rises[high] / rises[low])
+            root = low * (high / low) ** (0.5 if len(crowd) >= _CROWD else min(max(share, 0.05), 0.95))
+        elif len(rises) == 2 or rises.get(known, 0.0) <= 0:
+            root = math.sqrt(max(low, 1) * high) if high <= self.total else 4.0 * max(low, 1)
+        else:
+            failed = sum(n > low for n in self._whole()) if known == high else 0
+            ratio = (_FURTHER**failed * target / rises[known]) ** (1 / self._steepness(known, target))
+            root = known * min(max(ratio, 0.25), 4.0)
+        nearest = min((abs(math.log(root / n)) for n in rises), default=1.0)
+        return self._inside(round((1 - min(_BELOW, _BELOW_SHARE * nearest)) * root), low, high)
+
+    def _inside(self, n: int, low: int, high: int) -> int:
+        """Return the count between two others that is nearest to n, and not the same place as one of them."""
+        step = step_at(low)
+        return min(max(n, low + step), high - 1 if high > self.total else high - min(step, high - low - 1), self.total)
+
+    def _steepness(self, n: int, target: float) -> float:
+        """Return the slope at a count of which the target lies on one side only: between it and its neighbour there."""
+        holds = self.estimate(n)[0] <= target
+        same = [m for m in self._whole() if (r := self.estimate(m)[0]) > 0 and (r <= target) == holds]
+        near = sorted(same, key=lambda m: abs(math.log(m / n)))[:2]
+        found = self.slope(n)
+        if len(near) == 2 and max(near) < 2 * min(near):
+            first, second = (self.estimate(m)[0] for m in near)
+            found = math.log(first / second) / math.log(near[0] / near[1])
+        return float(np.clip(found, 0.4, 2.5))
 
     def _beyond(self, low: int, high: int, target: float) -> tuple[int, int] | None:
         """Return what is left to measure above an answer, in case the curve comes down again."""
@@ -247,41 +297,29 @@ class PrefixSearch:
             if place > high and not any(abs(n - place) <= step_at(place) for n in counts):
                 return place, self.measured.levels[0]
         for n in counts:
-            if n <= _BEYOND[-1] * low + step_at(n) and not self.clear(n, target):
+            if n > _BEYOND[-1] * low + step_at(n) or self.measured.whole(prefix_key(n)):
+                continue
+            if self.estimate(n)[0] <= target or not self.clear(n, target):
                 return n, self._more(n)
         return None
+
+    def _safest(self, target: float) -> int:
+        """Return a count that is likely to hold: the largest that seems to, by far; else the surest; else far below."""
+        whole = self._whole()
+        seem = {n: e for n in self.counts() if n < min(whole, default=n + 1) and (e := self.estimate(n))[0] <= target}
+        margins = {n: (target - rise) / max(error, 1e-12) for n, (rise, error) in seem.items()}
+        if margins:
+            return max((n for n in margins if margins[n] > _CLEAR), default=max(margins, key=lambda n: margins[n]))
+        return max(1, min(self.counts(), default=4 * max(8, self.total // 200)) // 4)
+
+    def _whole(self) -> list[int]:
+        """Return the counts above 0 that were measured on all windows, ascending."""
+        return [n for n in self.counts() if self.measured.whole(prefix_key(n))]
 
     def _more(self, n: int) -> int:
         done = self.measured.n_windows(prefix_key(n))
         return next(level for level in self.measured.levels if level > done)
 
-    def _missing(self, n: int) -> float:
-        """Return how much of a pass is to be made until a count is measured on all windows."""
-        return 1 - self.measured.n_windows(prefix_key(n)) / self.measured.windows.n_windows
-
-    def _owed(self, target: float, count: int, n_windows: int) -> float:
-        """Return how much of a pass is still to be made for an answer after the next one."""
-        low = self.bracket(target)[0]
-        if not low:
-            return 1 - n_windows / self.measured.windows.n_windows
-        owed = 0.0 if low == count else self._missing(low)
-        # Until something is known to hold on all windows, what seems to hold may still turn out not to.
-        return owed if self.answer(target) else max(owed, self._reserve(target, count))
-
-    def _reserve(self, target: float, count: int) -> float:
-        """Return the least that an answer costs beside a count: one that holds as far as its windows can tell."""
-        holds = (n for n in self.counts() if n != count and self.estimate(n)[0] <= target and self.clear(n, target))
-        return min(map(self._missing, holds), default=0.0)
-
-    def _settle(self, target: float, limit: float) -> None:
-        """Measure the largest count that seems to hold, and can still be paid for, on all windows.
-
-        Until there is an answer, one that is close to the target must leave enough for one that is not.
-        """
-        for n in sorted(self.counts(), reverse=True):
-            left = limit - self.removals.passes - self._missing(n) + 1e-9
-            close = not self.answer(target) and not self.clear(n, target)
-            if self.estimate(n)[0] <= target and left >= (self._reserve(target, n) if close else 0.0):
-                self.removals.prefix(self.text, n)
-                if self.estimate(n)[0] <= target:
-                    return
+    def _missing(self, n: int, n_windows: int | None = None) -> float:
+        """Return how much of a pass is to be made until a count is measured on some or all windows."""
+        return len(self.measured.missing(prefix_key(n), n_windows or self._all)) / self._all

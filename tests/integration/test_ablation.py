@@ -36,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def generous(case: SimpleNamespace) -> AblationResult:
     """The result of a search that may make as many passes as it likes."""
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ablation, "_MAX_PASSES", 60.0)
+        patched.setattr(ablation, "_MAX_PASSES", (60.0, 5.0))
         return removable_neurons(case.model, case.windows, case.ranking, p_percent=P_PERCENT, n_controls=1)
 
 
