@@ -12,7 +12,7 @@ from neuron_sparsity.pareto import ParetoResult, RuleAnswer
 from neuron_sparsity.search import search_name
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.statistics import NeuronStatistics
-from neuron_sparsity.wording import no_shorter, times, unsettled
+from neuron_sparsity.wording import no_shorter, seen_by, times, unsettled
 
 if TYPE_CHECKING:
     from neuron_sparsity.study import StudyResult
@@ -237,8 +237,8 @@ def _control_line(control: dict[str, Any]) -> str:
 
 def _heldout_lines(heldout: dict[str, Any]) -> list[str]:
     verdict = heldout.get("verdict", "holds" if heldout["holds"] else "does not hold")
-    if not heldout.get("unseen_by_ranking", True):
-        verdict += ", but the ranking has seen this text"
+    if seen_by(heldout):
+        verdict += f", but {seen_by(heldout)} this text"
     line = f"  on {heldout['corpus']['n_tokens']:,} held-out tokens: {heldout['ppl_increase_percent']:+.3f} %"
     interval = heldout.get("interval")
     if interval:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
 
-__all__ = ["no_shorter", "times", "unsettled"]
+__all__ = ["no_shorter", "seen_by", "times", "unsettled"]
 
 
 def unsettled(removed: AblationResult) -> str:
@@ -31,10 +31,30 @@ def unsettled(removed: AblationResult) -> str:
 
 
 def no_shorter(heldout: Mapping[str, Any]) -> str:
-    """Return that no shorter set was found to hold on held-out text; nothing where one holds or none was sought."""
+    """Return why no set is known to hold on held-out text; nothing where one does or none was sought.
+
+    Example:
+        >>> no_shorter({"holds": False, "holding": None, "holding_tried": 0, "interval": None})
+        'windows there are too few for an interval: nothing is said to hold'
+    """
     if heldout.get("holds") or heldout.get("holding") or "holding" not in heldout:
         return ""
+    if not heldout["holding_tried"]:
+        few = "windows there are too few for an interval: nothing is said to hold"
+        return "no shorter set was tried there" if heldout.get("interval") else few
     return f"no shorter set holds there of {heldout['holding_tried']} that were tried"
+
+
+def seen_by(heldout: Mapping[str, Any]) -> str:
+    """Return who has seen something of the held-out text: the search, the ranking, both; nothing where neither has.
+
+    Example:
+        >>> seen_by({"unseen_in_search": True, "unseen_by_ranking": False}), seen_by({})
+        ('the ranking has seen', '')
+    """
+    names = {"unseen_in_search": "the search", "unseen_by_ranking": "the ranking"}
+    found = [name for key, name in names.items() if not heldout.get(key, True)]
+    return f"{' and '.join(found)} {'have' if len(found) > 1 else 'has'} seen" if found else ""
 
 
 def times(control: Mapping[str, Any]) -> str:

@@ -260,10 +260,11 @@ def removal_verdict(removed: AblationResult) -> str:
             f"On held-out text it rises by {percent(held['ppl_increase_percent'])}, within the target: the set holds."
         )
     elif held.get("verdict") == "not refuted":
-        low, high = (signed(end) for end in held["interval"])
+        ends = " to ".join(signed(end) for end in held.get("interval") or ())
         said.append(
-            f"On held-out text perplexity changes by {signed(held['ppl_increase_percent'])}, with a 95 % interval of "
-            f"{low} to {high}: the target is not refuted there, nor confirmed."
+            f"On held-out text perplexity changes by {signed(held['ppl_increase_percent'])}, "
+            f"{f'with a 95 % interval of {ends}' if ends else 'without an interval'}: the target is not refuted "
+            "there, nor confirmed."
         )
     else:
         said.append(

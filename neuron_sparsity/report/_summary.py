@@ -13,7 +13,7 @@ from neuron_sparsity.report._classes import array
 from neuron_sparsity.report._fragments import card
 from neuron_sparsity.report._text import count, join, number, percent_of, replacement, signed, target, visible
 from neuron_sparsity.search import search_name
-from neuron_sparsity.wording import no_shorter, times, unsettled
+from neuron_sparsity.wording import no_shorter, seen_by, times, unsettled
 
 if TYPE_CHECKING:
     from neuron_sparsity.ablation import AblationResult
@@ -45,11 +45,13 @@ def _holds(removed: AblationResult) -> str:
     if not heldout:
         return "not checked on held-out text"
     rise = signed(heldout["ppl_increase_percent"])
-    text = "held-out text" if heldout.get("unseen_by_ranking", True) else "held-out text that the ranking has seen"
+    text = f"held-out text that {seen_by(heldout)}" if seen_by(heldout) else "held-out text"
     if heldout.get("interval"):
         rise += f", 95 % interval {signed(heldout['interval'][0])} to {signed(heldout['interval'][1])}"
     if heldout.get("holds"):
         return f"holds on {text} ({rise})"
+    if heldout.get("verdict") == "not refuted" and not heldout.get("interval"):
+        return f"is not refuted on {text}: {rise} there, without an interval"
     if heldout.get("verdict") == "not refuted":
         return f"is not refuted on {text}: {rise} there, around the target of {target(removed.p_percent)}"
     return f"does not hold on {text}: {rise} there, over the target of {target(removed.p_percent)}"

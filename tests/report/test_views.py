@@ -354,3 +354,14 @@ def test_one_token_under_many_neurons_is_remarked_on(run: Any) -> None:
 
 def test_the_first_column_of_the_map_is_explained(run: Any) -> None:
     assert "uses the first token as an attention sink" in words_of(views.passage_map(run.passage))
+
+
+def test_a_removal_checked_on_few_windows_is_said_to_have_no_interval(run: Any) -> None:
+    heldout = run.removed.heldout | {"holds": False, "verdict": "not refuted", "interval": None}
+    heldout |= {"holding": None, "holding_tried": 0, "unseen_in_search": False, "unseen_by_ranking": False}
+    removed = changed(run.removed, heldout=heldout)
+    verdict, summary = words_of(views.removal_verdict(removed)), words_of(views.summary(run.stats, run.result, removed))
+    assert "without an interval: the target is not refuted there, nor confirmed." in verdict
+    assert "is not refuted on held-out text that the search and the ranking have seen" in summary
+    for html in (verdict, summary):
+        assert "Windows there are too few for an interval: nothing is said to hold." in html
