@@ -31,6 +31,7 @@ from neuron_sparsity.adapter import MLPAdapter, ModelInfo
 from neuron_sparsity.confirmation import compare, confirm, rise_percent
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.entry import measurable
+from neuron_sparsity.holding import held_fields
 from neuron_sparsity.model_info import otherwise
 from neuron_sparsity.overlap import share_text
 from neuron_sparsity.perplexity import Progress, default_batch_size
@@ -120,6 +121,16 @@ class AblationResult:
     ranking_sha256: str = ""
     resolved: bool = True
     per_p: tuple[dict[str, Any], ...] = ()
+
+    def holding_set(self) -> AblationResult:
+        """Return the set that was measured to hold on the held-out text: this one, or the shorter one found there.
+
+        All that is told of the shorter one (rise, curve, corpus) was measured on the text that it was chosen on.
+
+        Raises:
+            ValueError: If none was found to hold.
+        """
+        return replace(self, **held_fields(self))
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `ablation.json`."""

@@ -239,6 +239,8 @@ def _heldout_lines(heldout: dict[str, Any]) -> list[str]:
     verdict = heldout.get("verdict", "holds" if heldout["holds"] else "does not hold")
     if not heldout.get("unseen_by_ranking", True):
         verdict += ", but the ranking has seen this text"
+    if heldout.get("chosen_on"):
+        verdict += ", but was chosen on it"
     line = f"  on {heldout['corpus']['n_tokens']:,} held-out tokens: {heldout['ppl_increase_percent']:+.3f} %"
     interval = heldout.get("interval")
     if interval:
