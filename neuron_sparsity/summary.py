@@ -196,8 +196,9 @@ def _neuron_lines(stats: NeuronStatistics, *, thresholds: bool) -> list[str]:
 
 
 def _removal_lines(removed: AblationResult) -> list[str]:
+    within = " within layers" if removed.scope == "layer" else ""
     lines = [
-        f"removable for good at {removed.p_percent:g} % ({removed.ranking}, {removed.replacement} replacement"
+        f"removable for good at {removed.p_percent:g} % ({removed.ranking}{within}, {removed.replacement} replacement"
         f"{_ranked_on(removed)}): "
         f"{removed.n_removable:,} of {removed.n_neurons:,} neurons ({removed.ppl_increase_percent:+.3f} %, "
         f"{removed.corpus['n_tokens']:,} tokens)"

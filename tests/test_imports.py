@@ -70,6 +70,7 @@ ROOMS = [
     "checkpoint",
     "model_card",
     "surgery",
+    "pruning_forms",
     "pruning",
     "damage_tables",
     "damage",
