@@ -266,12 +266,14 @@ def _square_mlp(
     fused = [matrix for matrix, d_in, d_out in matrices if (d_in, d_out) == (d_model, 2 * d_model)]
     if (len(square), len(fused)) not in ((2, 0), (3, 0), (1, 1)):
         return None
+    if not fused and not set(square) <= set(ran()):  # of a tower that text does not pass
+        return None
     order = square if fused else sorted(square, key=ran().index)
     return MLP(d_model, d_model, len(square) != 2, (order[-1], *(m for m in square if m is not order[-1]), *fused))
 
 
 def _run_order(model: Any) -> list[nn.Module]:
-    """Run two tokens through a model, and return its matrices in the order in which they run last.
+    """Run two tokens through a model, and return its matrices in the order in which they run.
 
     Raises:
         ModelError: If it does not run.
@@ -289,7 +291,7 @@ def _run_order(model: Any) -> list[nn.Module]:
                 "the MLPs are as wide as the residual stream, which their matrices' shapes do not tell apart, and the "
                 f"model does not run ({first_line(error)}); measure it with TransformerLens instead"
             ) from error
-    return [*order, *(matrix for matrix in _matrices(model) if not any(matrix is one for one in order))]
+    return order
 
 
 def _residual_width(stack: nn.Module) -> int:

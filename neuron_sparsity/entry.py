@@ -107,7 +107,7 @@ def own_means(result: Any, means: Any) -> None:
     if not known or not isinstance(means, Tensor):
         return
     found = means_sketch(means)
-    if any(abs(ours - theirs) > _SAME_MEANS * known[0] for ours, theirs in zip(found, known, strict=True)):
+    if any(abs(ours - theirs) > _SAME_MEANS * known[0] for ours, theirs in zip(found, known, strict=False)):
         raise ValueError(
             "means are not those that the rise was measured with; give those of its ranking: "
             "means=ranking.mean_activation"
