@@ -30,7 +30,8 @@ from neuron_sparsity import parallel
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo
 from neuron_sparsity.confirmation import compare, confirm, rise_percent
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.entry import measurable
+from neuron_sparsity.entry import means_sketch, measurable
+from neuron_sparsity.holding import held_fields
 from neuron_sparsity.model_info import otherwise
 from neuron_sparsity.overlap import share_text
 from neuron_sparsity.perplexity import Progress, default_batch_size
@@ -39,7 +40,7 @@ from neuron_sparsity.removal import PrefixSearch, Removals, order_hash
 from neuron_sparsity.replacement import BANK_TOKENS, REPLACEMENTS, Replacer, ablate
 from neuron_sparsity.store import decode, make_folder, provenance, read_json, write_json
 from neuron_sparsity.tally import DENSE, prefix_key
-from neuron_sparsity.typed import expect
+from neuron_sparsity.typed import expect, percents
 
 __all__ = [
     "PARTIAL",
@@ -97,6 +98,8 @@ class AblationResult:
         resolved: Whether the search ended by itself: the next larger count measured to cost more is 1 % further on
             at most, or next to it, and none up to 25 % above holds. If not, its passes were spent, and more may go.
         per_p: What was found for each p that was asked for together.
+        means_sketch: What tells the means that took the neurons' place from others; empty where none did, and in
+            older files.
     """
 
     p_percent: float
@@ -121,6 +124,17 @@ class AblationResult:
     ranking_sha256: str = ""
     resolved: bool = True
     per_p: tuple[dict[str, Any], ...] = ()
+    means_sketch: tuple[float, ...] = ()
+
+    def holding_set(self) -> AblationResult:
+        """Return the set that was measured to hold on the held-out text: this one, or the shorter one found there.
+
+        All that is told of the shorter one (rise, curve, corpus) was measured on the text that it was chosen on.
+
+        Raises:
+            ValueError: If none was found to hold.
+        """
+        return replace(self, **held_fields(self))
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of `ablation.json`."""
@@ -129,11 +143,12 @@ class AblationResult:
             "removable": [list(pair) for pair in self.removable],
             "curve": list(self.curve),
             "per_p": list(self.per_p),
+            "means_sketch": list(self.means_sketch),
         }
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> AblationResult:
-        """Read the content of `ablation.json` back; files of the first version lack the last three fields.
+        """Read the content of `ablation.json` back; files of the first version lack the last four fields.
 
         Raises:
             KeyError, TypeError: If keys are missing or of the wrong type.
@@ -144,6 +159,7 @@ class AblationResult:
             "removable": tuple((int(layer), int(neuron)) for layer, neuron in data["removable"]),
             "curve": tuple(data["curve"]),
             "per_p": tuple(data.get("per_p", ())),
+            "means_sketch": tuple(data.get("means_sketch", ())),
         }
         return cls(**own)
 
@@ -216,7 +232,8 @@ def removable_sets(
         RunFolderError: If the folder cannot be written, or what is kept there is damaged.
     """
     adapter = measurable(model, windows, heldout=heldout, ranked_on=ranked_on)
-    _check(adapter, ranking, p_percents, n_controls)
+    p_percents = percents(p_percents)
+    _check(adapter, ranking, n_controls)
     if heldout is None:
         windows, heldout = windows.split(0.5)
     elif set(map(tuple, heldout.tokens.tolist())) & set(map(tuple, windows.tokens.tolist())):
@@ -248,13 +265,8 @@ def drop_finished_search(folder: Path, result: AblationResult) -> None:
             path.unlink()
 
 
-def _check(adapter: MLPAdapter, ranking: Ranking, p_percents: Sequence[float], n_controls: int) -> None:
+def _check(adapter: MLPAdapter, ranking: Ranking, n_controls: int) -> None:
     expect("ranking", ranking, "Ranking")
-    for p_percent in p_percents:
-        if not (math.isfinite(p_percent) and p_percent > 0):
-            raise ValueError(f"p must be a positive number of percent, got {p_percent}")
-    if not p_percents:
-        raise ValueError("p_percents is empty; name at least one rise of perplexity in percent")
     if n_controls < 0:
         raise ValueError(f"n_controls must be >= 0, got {n_controls}")
     if ranking.model.fingerprint != adapter.info.fingerprint:
@@ -384,6 +396,7 @@ class _Run:
             provenance=provenance(seed=self.seed),
             ranking_sha256=self.sha256,
             resolved=resolved,
+            means_sketch=means_sketch(self.ranking.mean_activation if self.replacer.replacement == "mean" else None),
         )
 
     def _unseen_by_ranking(self, text: str) -> bool:

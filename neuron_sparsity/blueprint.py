@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neuron_sparsity.errors import ModelError
+from neuron_sparsity.placement import device_of
 from neuron_sparsity.weights import first_line, load_config
 
-__all__ = ["MLP", "Blueprint", "blueprint", "draw", "measured_mlps", "mlp_outputs"]
+__all__ = ["MLP", "Blueprint", "blueprint", "draw", "measured_mlps", "mlp_outputs", "moved"]
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,8 @@ def draw(config: Any, *, name: str, trust_remote_code: bool = False) -> Blueprin
         (124439808, 12, 768, 3072, False)
     """
     model = _on_meta(config, name, trust_remote_code)
-    stack, mlps = _measured_stack(model)
+    # Nothing runs here, and sizes are the same whichever of several equal matrices is taken for the down projection.
+    stack, mlps = _measured_stack(model, lambda: list(_matrices(model)))
     widths = {(mlp.d_mlp, mlp.d_model) for mlp in mlps.values()}
     if len(widths) > 1:
         raise ModelError(f"layers differ in width ({sorted(widths)}); only models of one d_mlp can be measured")
@@ -162,6 +166,15 @@ def measured_mlps(model: nn.Module) -> dict[int, MLP]:
     return _measured_stack(model)[1]
 
 
+def moved(mlps: Mapping[int, MLP], source: nn.Module, copied: nn.Module) -> dict[int, MLP]:
+    """Return the MLPs of a copy of a model, module by module those that are known of the model itself."""
+    places = {id(old): new for old, new in zip(source.modules(), copied.modules(), strict=True)}
+    return {
+        block: replace(mlp, matrices=tuple(places[id(matrix)] for matrix in mlp.matrices))
+        for block, mlp in mlps.items()
+    }
+
+
 def _on_meta(config: Any, name: str, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -176,19 +189,26 @@ def _on_meta(config: Any, name: str, trust_remote_code: bool) -> Any:
         ) from error
 
 
-def _measured_stack(model: nn.Module) -> tuple[Sequence[nn.Module], dict[int, MLP]]:
+def _measured_stack(
+    model: nn.Module, ran: Callable[[], list[nn.Module]] | None = None
+) -> tuple[Sequence[nn.Module], dict[int, MLP]]:
     """Return the decoder's blocks, and the MLP of each block that has one.
+
+    Args:
+        model: A Hugging Face model.
+        ran: Tells in which order matrices run; by default, two tokens are run where it must be known.
 
     Raises:
         ModelError: If there is none, several stacks have some, or a block holds a mixture of experts.
     """
     found = []
     inside: set[int] = set()
+    ran = cache(partial(_run_order, model)) if ran is None else ran
     for stack in model.modules():  # outer lists come before those inside them
         if not isinstance(stack, nn.ModuleList) or id(stack) in inside:
             continue
         d_model = _residual_width(stack)
-        mlps = {index: mlp for index, block in enumerate(stack) if (mlp := _mlp_of(index, block, d_model))}
+        mlps = {index: mlp for index, block in enumerate(stack) if (mlp := _mlp_of(index, block, d_model, ran))}
         if mlps:
             found.append((stack, mlps))
             inside |= {id(module) for module in stack.modules()}
@@ -206,8 +226,8 @@ def _measured_stack(model: nn.Module) -> tuple[Sequence[nn.Module], dict[int, ML
     return list(found[0][0]), found[0][1]
 
 
-def _mlp_of(index: int, block: nn.Module, d_model: int) -> MLP | None:
-    """Return the MLP of a block, or None if it has none."""
+def _mlp_of(index: int, block: nn.Module, d_model: int, ran: Callable[[], list[nn.Module]]) -> MLP | None:
+    """Return the MLP of a block, or None if it has none; `ran` tells in which order matrices run."""
     for module in block.modules():
         kind = type(module).__name__
         if hasattr(module, "experts") or "expert" in kind.lower() or kind.endswith("MoE"):
@@ -232,7 +252,46 @@ def _mlp_of(index: int, block: nn.Module, d_model: int) -> MLP | None:
             f"layer {index} has several MLPs, of widths {widths}, and their shapes do not tell which is the one that "
             "is measured; load the model and measure a few tokens instead"
         )
-    return found[0] if found else None
+    return found[0] if found else _square_mlp(matrices, d_model, ran)
+
+
+def _square_mlp(
+    matrices: Sequence[tuple[nn.Module, int, int]], d_model: int, ran: Callable[[], list[nn.Module]]
+) -> MLP | None:
+    """Return the MLP of a block that is as wide as the residual stream, or None if there is none.
+
+    Shapes do not tell its matrices apart. The down projection is the one that runs last: it needs what the others give.
+    """
+    square = [matrix for matrix, d_in, d_out in matrices if d_in == d_out == d_model]
+    fused = [matrix for matrix, d_in, d_out in matrices if (d_in, d_out) == (d_model, 2 * d_model)]
+    if (len(square), len(fused)) not in ((2, 0), (3, 0), (1, 1)):
+        return None
+    if not fused and not set(square) <= set(ran()):  # of a tower that text does not pass
+        return None
+    order = square if fused else sorted(square, key=ran().index)
+    return MLP(d_model, d_model, len(square) != 2, (order[-1], *(m for m in square if m is not order[-1]), *fused))
+
+
+def _run_order(model: Any) -> list[nn.Module]:
+    """Run two tokens through a model, and return its matrices in the order in which they run.
+
+    Raises:
+        ModelError: If it does not run.
+    """
+    order: list[nn.Module] = []
+    with ExitStack() as stack:
+        for matrix in _matrices(model):
+            stack.callback(matrix.register_forward_pre_hook(lambda module, args: order.append(module)).remove)
+        tokens = torch.zeros(1, 2, dtype=torch.long, device=device_of(model.get_input_embeddings()))
+        try:
+            with torch.no_grad():
+                model(input_ids=tokens, use_cache=False)
+        except Exception as error:  # whatever a foreign model raises
+            raise ModelError(
+                "the MLPs are as wide as the residual stream, which their matrices' shapes do not tell apart, and the "
+                f"model does not run ({first_line(error)}); measure it with TransformerLens instead"
+            ) from error
+    return order
 
 
 def _residual_width(stack: nn.Module) -> int:

@@ -71,6 +71,12 @@ def plan(
 def prune(
     folder: Annotated[Path, typer.Argument(help="Run folder in which `ablate` or `report` found what can go.")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the checkpoint, empty or not there.")],
+    p: Annotated[
+        float | None, typer.Option("--p", help="Of which p, where several were asked for. Default: the first.")
+    ] = None,
+    holding: Annotated[
+        bool, typer.Option("--holding", help="Take the set that was measured to hold on the held-out text.")
+    ] = False,
     form: Annotated[
         str,
         typer.Option("--form", help="cut, padded or zeroed. Default: auto, the first of them a checkpoint can hold."),
@@ -85,18 +91,20 @@ def prune(
     """Take the removable neurons out of the weights, and write a checkpoint that transformers loads."""
     import torch
 
+    from neuron_sparsity.ablation_files import removal_at
     from neuron_sparsity.checkpoint import check_vacant
     from neuron_sparsity.errors import RunFolderError
     from neuron_sparsity.pruning import prune as prune_model
-    from neuron_sparsity.run_results import load_run, means_of
+    from neuron_sparsity.run_results import means_of
     from neuron_sparsity.store import RunFolder
     from neuron_sparsity.weights import load_weights
 
-    found = load_run(folder)
-    removed = found["removed"]
-    if removed is None:
+    run = RunFolder(folder)
+    if not run.has("ablation.json"):
         raise RunFolderError(f"{folder} has no ablation.json; find what can go with `neuron-sparsity ablate` first")
-    means = means_of(RunFolder(folder), removed)
+    removed = removal_at(run, p)
+    removed = removed.holding_set() if holding else removed
+    means = means_of(run, removed)
     check_vacant(out)
     dtype = getattr(torch, removed.model.dtype, None)
     if not isinstance(dtype, torch.dtype):
@@ -217,7 +225,8 @@ def doctor(as_json: AsJson = False) -> None:
 
 def _pruned_lines(pruned: PrunedModel) -> list[str]:
     measured = pruned.measured or {}
-    corpus = measured["corpus"]
+    corpus, heldout = measured["corpus"], measured["heldout"] or {}
+    chosen = ", the held-out text that this set was chosen on" if heldout.get("chosen_on") else ""
     return [
         f"{pruned.source['name']}: {len(pruned.neurons):,} of {pruned.n_neurons:,} neurons taken out, "
         f"{pruned.replacement} replacement; {pruned.form} ({pruned.reason})",
@@ -225,7 +234,7 @@ def _pruned_lines(pruned: PrunedModel) -> list[str]:
         f"({pruned.n_parameters_removed:,} gone, {pruned.n_parameters_added:,} new in biases); "
         f"{pruned.n_parameters_zeroed:,} are zero in the place of what went",
         f"perplexity: {measured['ppl_increase_percent']:+.3f} % on {corpus['name']}, {corpus['n_tokens']:,} tokens in "
-        f"windows of {corpus['window']}, as measured by ablation",
+        f"windows of {corpus['window']}{chosen}, as measured by ablation",
     ]
 
 

@@ -43,7 +43,7 @@ from neuron_sparsity.damage_tables import (
     percentiles,
 )
 from neuron_sparsity.divergence import DenseReference
-from neuron_sparsity.entry import measurable
+from neuron_sparsity.entry import measurable, own_means
 from neuron_sparsity.model_info import otherwise
 from neuron_sparsity.perplexity import Progress, default_batch_size, mean_loss, token_losses
 from neuron_sparsity.replacement import Replacer, default_replacement, neuron_mask
@@ -222,7 +222,8 @@ def damage(
         Differences and divergences of every token, the lists and groups made of them, and each layer's part.
 
     Raises:
-        ValueError: If the change is of another model, neurons do not exist, means are missing, or an option is wrong.
+        ValueError: If the change is of another model, neurons do not exist, means are missing or not those that a
+            result was measured with, or an option is wrong.
         MeasurementError: If a loss is NaN, or memory runs out.
 
     Example:
@@ -324,6 +325,7 @@ def _changed(
     neurons: Any = change
     origin = ""
     if isinstance(change, AblationResult):
+        own_means(change, means)
         neurons, replacement, origin = change.removable, change.replacement, f", the weakest by {change.ranking}"
     mask = neuron_mask(info.layers, info.d_mlp, neurons)
     # Without means, those of this text would be taken: that is another removal than the one that was measured.

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from neuron_sparsity.ablation import AblationResult, ablate
 from neuron_sparsity.adapter import attach
+from neuron_sparsity.entry import own_means
 from neuron_sparsity.errors import CorpusError, MeasurementError
 from neuron_sparsity.model_info import ModelInfo, WeightFacts
 from neuron_sparsity.plain import down_projections, output_rows, unwrapped
@@ -294,6 +295,7 @@ def _removed(hf_model: nn.Module, result: AblationResult, means: Tensor | None) 
         raise ValueError(
             "the removal replaces neurons by their means: pass means=stats.mean_activation (or those of its ranking)"
         )
+    own_means(result, means)
     with ablate(hf_model, result.removable, replacement=result.replacement, means=means):
         yield
 

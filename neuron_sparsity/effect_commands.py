@@ -21,7 +21,6 @@ from neuron_sparsity.options import (
     Model,
     NCtx,
     Out,
-    P,
     Packed,
     Quiet,
     RemoteCode,
@@ -46,9 +45,14 @@ def damage(
     model: Model = DEFAULT_MODEL,
     text: Text = None,
     of: Annotated[
-        str, typer.Option("--of", help="truncation (CETT-PPL-p%), or ablation (the ablation.json of the run folder).")
+        str, typer.Option("--of", help="truncation (CETT-PPL-p%), or ablation (what `ablate` found in the run folder).")
     ] = "truncation",
-    p: P = 1.0,
+    p: Annotated[
+        float | None,
+        typer.Option(
+            "--p", help="Rise of perplexity in percent. Default: 1; of an ablation the first it was asked for."
+        ),
+    ] = None,
     layers: Annotated[
         str, typer.Option("--layers", help="alone: each layer changed by itself. spared: all but this one. none.")
     ] = "alone",
@@ -66,7 +70,7 @@ def damage(
     as_json: AsJson = False,
 ) -> None:
     """Show which tokens a truncation or a removal hurts, and in which layers. One pass a layer."""
-    check_question(p)
+    check_question(1.0 if p is None else p)
     for option, value, allowed in (
         ("--of", of, ("truncation", "ablation")),
         ("--layers", layers, ("alone", "spared", "none")),
@@ -74,7 +78,7 @@ def damage(
         if value not in allowed:
             raise ValueError(f"{option} must be one of {', '.join(allowed)}, got {value!r}")
     with open_run(model, text, tokens, out, locals()) as run:
-        found = run.damage(p if of == "truncation" else None, layers=None if layers == "none" else layers)
+        found = run.damage(p, of=of, layers=None if layers == "none" else layers)
     if as_json:
         print_json(found.to_json())
     elif not quiet:
@@ -93,7 +97,7 @@ def evaluate(
         ),
     ] = "everyday_choices",
     out: Annotated[
-        Path | None, typer.Option("--out", help="Run folder whose results are applied: sparsity*.json, ablation.json.")
+        Path | None, typer.Option("--out", help="Run folder whose results are applied: sparsity*.json, ablation*.json.")
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Only the first so many items of each task.")] = None,
     fewshot: Annotated[
@@ -115,7 +119,7 @@ def evaluate(
     from neuron_sparsity.run_results import applied_results
     from neuron_sparsity.store import write_json
 
-    results, means = applied_results(out)
+    applied = applied_results(out)
     require_lm_eval()
     check_device(device, "auto")
     import torch
@@ -132,8 +136,8 @@ def evaluate(
         hf_model,
         tokenizer,
         [task.strip() for task in tasks.split(",") if task.strip()],
-        results=results,
-        means=means,
+        results=applied.results,
+        means=applied.means,
         limit=limit,
         num_fewshot=fewshot,
         batch_size=batch_size,
@@ -141,9 +145,9 @@ def evaluate(
     )
     write_json(out / "downstream.json", found.to_json())
     if as_json:
-        print_json(found.to_json())
+        print_json(found.to_json() | {"left_out": list(applied.left_out)})
     elif not quiet:
-        for line in downstream_lines(found):
+        for line in (*downstream_lines(found), *(f"left out: {name}" for name in applied.left_out)):
             say(line)
         say(f"scores: {out / 'downstream.json'}")
 
@@ -176,14 +180,14 @@ def _ends(part: Any) -> str:
 
 def downstream_lines(found: DownstreamResult) -> list[str]:
     """Return the scores, one task, metric and form a line."""
-    lines = []
+    lines, width = [], max(24, *(len(form.name) for form in found.forms))
     for dense in found.dense.scores:
         lines.append(f"{dense.task} {dense.metric}, {dense.n:,} items, {found.model['name']}")
         for form in found.forms:
             score = next(
                 s for s in form.scores if (s.task, s.metric, s.filter) == (dense.task, dense.metric, dense.filter)
             )
-            lines.append(f"  {form.name:<24} {score.value:.4f}{_error(score.stderr)}{_against(form.name, score)}")
+            lines.append(f"  {form.name:<{width}} {score.value:.4f}{_error(score.stderr)}{_against(form.name, score)}")
     return lines
 
 

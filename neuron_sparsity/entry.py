@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.typed import expect, said
 
-__all__ = ["check_windows", "measurable", "shape_of"]
+__all__ = ["check_windows", "finite", "means_sketch", "measurable", "own_means", "shape_of"]
+
+_PHI = (1 + 5**0.5) / 2
+_SAME_MEANS = 1e-3  # of their norm: 2e-4 is what half precision makes of them, 1e-1 what a thousand other tokens do
 
 
 def measurable(model: Any, windows: Any, **others: Any) -> MLPAdapter:
@@ -61,3 +66,49 @@ def shape_of(means: Any) -> list[int]:
     if not isinstance(means, Tensor | None):
         raise TypeError(f"means must be a tensor [layer, neuron], got {said(means)}; stats.mean_activation is one")
     return [] if means is None else list(means.shape)
+
+
+def finite(means: Any) -> Any:
+    """Return mean activations, if there are some and all are numbers; what is no tensor is told by `shape_of`.
+
+    Raises:
+        ValueError: If some are NaN or infinite.
+    """
+    if isinstance(means, Tensor) and not means.isfinite().all():
+        raise ValueError("means are NaN or infinite; record the model again")
+    return means
+
+
+def means_sketch(means: Float[Tensor, "layer neuron"] | None) -> tuple[float, ...]:
+    """Return nine numbers that tell means of one text from those of another; none without means.
+
+    They are the norm of all means, and eight sums of them with fixed weights, `cos(phi k i^2)` for the i-th mean. A
+    hash would take a recording that was made again, with another batch size and so other rounding, for other text.
+    """
+    if means is None:
+        return ()
+    flat = means.detach().double().cpu().reshape(-1)
+    place = torch.arange(1, len(flat) + 1, dtype=torch.float64)
+    sums = [float(flat @ torch.cos(_PHI * k * place**2)) for k in range(1, 9)]
+    return (float(flat.norm()), *sums)
+
+
+def own_means(result: Any, means: Any) -> None:
+    """Refuse means that a removal was not measured with; files of earlier versions do not know theirs.
+
+    Args:
+        result: An AblationResult; anything else may have any means.
+        means: Mean activations, or None.
+
+    Raises:
+        ValueError: If the rise of the result belongs to other means.
+    """
+    known = getattr(result, "means_sketch", ())
+    if not known or not isinstance(means, Tensor):
+        return
+    found = means_sketch(means)
+    if any(abs(ours - theirs) > _SAME_MEANS * known[0] for ours, theirs in zip(found, known, strict=False)):
+        raise ValueError(
+            "means are not those that the rise was measured with; give those of its ranking: "
+            "means=ranking.mean_activation"
+        )

@@ -59,6 +59,12 @@ def _cost(measured: Mapping[str, Any] | None) -> list[str]:
         return ["Not measured: the neurons were named one by one."]
     corpus, heldout, control = measured["corpus"], measured["heldout"], measured["control"]
     rows = [(_text(corpus), f"{measured['ppl_dense']:.4g}", _rise(measured))]
+    if heldout is not None and heldout.get("chosen_on"):
+        chosen = (
+            f"The weakest neurons by {measured['ranking']} (scope {measured['scope']}), as many as were found to hold "
+            f"at {measured['p_percent']:g} % on held-out text. They were chosen on this text, and measured on no other:"
+        )
+        return [chosen, _table(("text", "perplexity before", "rise"), rows)]
     if heldout is not None:
         rows.append((f"held out: {_text(heldout['corpus'])}", f"{heldout['ppl_dense']:.4g}", _rise(heldout)))
     said = [

@@ -32,6 +32,7 @@ from neuron_sparsity.rule_passes import RulePass, RulePasses
 from neuron_sparsity.rules import DenseScores, Rule, parse_rules
 from neuron_sparsity.search import next_cett
 from neuron_sparsity.store import provenance
+from neuron_sparsity.typed import percents
 
 __all__ = ["ParetoPoint", "ParetoResult", "RuleAnswer", "RuleCurve", "Verdict", "pareto"]
 
@@ -223,12 +224,7 @@ def pareto(
         MeasurementError: If activations or losses are NaN, or memory runs out.
     """
     chosen = parse_rules([rules] if isinstance(rules, str) else rules)
-    asked = tuple(sorted({float(p) for p in p_percents}))
-    if not asked:
-        raise ValueError("p_percents must hold at least one p")
-    for p_percent in asked:
-        if not (math.isfinite(p_percent) and p_percent > 0):
-            raise ValueError(f"p must be a positive number of percent, got {p_percent}")
+    asked = tuple(sorted(set(percents(p_percents))))
     if n_points < 1:
         raise ValueError(f"n_points must be at least 1, got {n_points}")
     start = time.perf_counter()

@@ -23,6 +23,7 @@ from typing import Any
 
 from neuron_sparsity import parallel
 from neuron_sparsity.ablation import AblationResult, drop_finished_search, removable_sets
+from neuron_sparsity.ablation_files import answers, file_names, removal_at
 from neuron_sparsity.adapter import MLPAdapter, attach
 from neuron_sparsity.cett_search import Metric
 from neuron_sparsity.corpus import Windows
@@ -238,12 +239,12 @@ class Run:
         What an interrupted search has measured is taken up.
         """
         ranking = ranking or self.default_ranking(replacement)
-        names = ["ablation.json", *(f"ablation-p{p:g}.json" for p in p_percents[1:])]
+        names = file_names(p_percents)
         how = {"replacement": replacement, "scope": scope}
         name, ordered = (refined_name(ranking, refine, **how), "model") if refine else (ranking, scope)  # type: ignore[arg-type]
         asked = (name, replacement, ordered, seed, self.calibration.sha256, self.ranked_on(stats, ranking))
         found = [
-            self._found(name, AblationResult.from_json, partial(_same_removal, (p, *asked), n_controls))
+            self._found(name, AblationResult.from_json, partial(answers, (p, *asked), n_controls))
             for name, p in zip(names, p_percents, strict=True)
         ]
         if not all(result is not None for result in found):
@@ -272,21 +273,21 @@ class Run:
         """Return what `sparsity.json` holds, if it is there."""
         return self._found("sparsity.json", SparsityResult.from_json, lambda old: True)
 
-    def damage(self, p_percent: float | None, *, layers: Any = "alone") -> DamageResult:
-        """Measure what the truncation for a p does to single tokens; what the folder's ablation does, if p is None.
+    def damage(self, p_percent: float | None, *, of: str = "truncation", layers: Any = "alone") -> DamageResult:
+        """Measure what the truncation for a p (1 if None) does to single tokens, or an ablation of the folder.
 
-        An ablation is measured on the held-out part, a truncation on the text of its search.
+        The ablation is that of `ablation.json` if p is None. It is measured on the held-out part, a truncation on the
+        text of its search.
         """
         options: dict[str, Any] = {"layers": layers, "batch_size": self.batch_size, "progress": self.progress}
-        if p_percent is None:
-            removed = self._found("ablation.json", AblationResult.from_json, lambda old: True)
-            if removed is None:
-                raise RunFolderError(f"{self.folder.path} has no ablation.json; `neuron-sparsity ablate` makes it")
+        if of == "ablation":
+            removed = removal_at(self.folder, p_percent)
             means = means_of(self.folder, removed)
             text = self.confirmation or self.calibration
             found = damage(self.adapter, text, removed, means=means, **options)
         else:
-            found = damage(self.adapter, self.calibration, self.sparsity(p_percent), **options)
+            result = self.sparsity(1.0 if p_percent is None else p_percent)
+            found = damage(self.adapter, self.calibration, result, **options)
         found.save(self.folder.path)
         return found
 
@@ -397,18 +398,6 @@ def _answers(asked: tuple[Any, ...], old: SparsityResult) -> bool:
     """Whether a search answers what is asked: p, metric, text, and text of the thresholds if it is another."""
     other = None if old.calibration is None else old.calibration["sha256"]
     return (old.p_percent, old.metric.removeprefix("cett_"), old.corpus["sha256"], other) == asked
-
-
-def _same_removal(asked: tuple[Any, ...], n_controls: int, removed: AblationResult) -> bool:
-    """Whether a removal answers what is asked, with as many controls (files of the first version have one)."""
-    made = 0 if removed.control is None else len(removed.control.get("seeds", [0]))
-    return _question(removed) == asked and (removed.n_removable == 0 or made == n_controls)
-
-
-def _question(removed: AblationResult) -> tuple[Any, ...]:
-    """What a removal was asked for: the same question has the same answer."""
-    asked = (removed.p_percent, removed.ranking, removed.replacement, removed.scope)
-    return (*asked, removed.provenance["seed"], removed.corpus["sha256"], removed.ranking_corpus["sha256"])
 
 
 def _same_thresholds(stats: NeuronStatistics, result: SparsityResult) -> bool:

@@ -27,20 +27,21 @@ from torch import Tensor, nn
 
 from neuron_sparsity.ablation import AblationResult
 from neuron_sparsity.adapter import MLPAdapter, attach
-from neuron_sparsity.blueprint import MLP, measured_mlps
+from neuron_sparsity.blueprint import MLP, measured_mlps, moved
 from neuron_sparsity.checkpoint import check_vacant, fitting_settings, shapes_of, write_checkpoint
+from neuron_sparsity.entry import finite, own_means
 from neuron_sparsity.errors import ModelError
 from neuron_sparsity.model_card import model_card
 from neuron_sparsity.model_info import WeightFacts
 from neuron_sparsity.placement import hook_of
 from neuron_sparsity.plain import output_rows, unwrapped
+from neuron_sparsity.pruning_forms import FORMS, no_bias, no_width, plans_of
 from neuron_sparsity.replacement import default_replacement
 from neuron_sparsity.store import provenance
 from neuron_sparsity.surgery import add_zero_biases, check_same_logits, fold, is_quantised, shared_copy, take_out
 
 __all__ = ["FORMS", "PrunedModel", "prune"]
 
-FORMS = ("auto", "cut", "padded", "zeroed")
 _FOLDABLE = ("zero", "mean")
 
 
@@ -150,7 +151,7 @@ def prune(
     Raises:
         TypeError: If `model` is none of these, or `neurons` holds anything but pairs of integers.
         ValueError: If there are no neurons, one does not exist or comes twice, `means` is missing or of another shape,
-            or the result is of another model.
+            or the result is of another model or was measured with other means.
         ModelError: If the model has no dense MLPs, is quantised, dispatched or in compatibility mode, does not give the
             ablated one's logits, or, with `out`, cannot be saved in this form.
         RunFolderError: If `out` is not empty or cannot be written.
@@ -205,6 +206,7 @@ def _checked_replacement(replacement: str | None, result: AblationResult | None,
         raise ValueError(
             f"the neurons were found with {result.replacement} replacement, not {replacement!r}; leave out replacement="
         )
+    own_means(result, means)
     chosen = default_replacement(replacement, means) if result is None else result.replacement
     if chosen not in _FOLDABLE:
         raise ValueError(
@@ -302,18 +304,7 @@ def _fill(replacement: str, means: Tensor | None, mlps: Mapping[int, MLP]) -> di
     if means is None or list(means.shape) != shape or min(widths) < max(widths):
         found = "none" if means is None else list(means.shape)
         raise ValueError(f"replacement 'mean' needs means of shape {shape}, got {found}; record the model first")
-    if not torch.isfinite(means).all():
-        raise ValueError("means are NaN or infinite; record the model again")
-    return dict(zip(mlps, means.detach().float().cpu(), strict=True))  # as `ablate` takes them
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """A form, the widths it leaves, and the reason to take it."""
-
-    form: str
-    widths: dict[int, int]
-    reason: str
+    return dict(zip(mlps, finite(means).detach().float().cpu(), strict=True))  # as `ablate` takes them
 
 
 def _made(
@@ -321,22 +312,26 @@ def _made(
 ) -> dict[str, Any]:
     """Prune a copy, in the first form that a checkpoint can hold or else the last; return what is known of it."""
     kind, before = type(source).__name__, measured_mlps(source)
-    plans = _plans(form, gone, before, kind)
+    plans = plans_of(form, gone, before, kind)
     while True:
         plan = plans.pop(0)
-        fit = _fit(source, _taken_out(shared_copy(source, meta=True), gone, plan.widths)[0], before, plan.widths)
+        tried = shared_copy(source, meta=True)
+        _take_out(moved(before, source, tried), gone, plan.widths)
+        fit = _fit(source, tried, before, plan.widths)
         if fit is not None or not plans:
             break
-    unsaveable = None if fit is not None else _no_width(kind, plan)
-    pruned, downs, n_removed, n_zeroed = _taken_out(shared_copy(source), gone, plan.widths)
+    unsaveable = None if fit is not None else no_width(kind, plan)
+    pruned = shared_copy(source)
+    mlps = moved(before, source, pruned)
+    n_removed, n_zeroed = _take_out(mlps, gone, plan.widths)
     n_added = 0
     if replacement == "mean":
         for block, mask in gone.items():
             rows = output_rows(before[block].matrices[0])
-            n_added += fold(downs[block], rows[mask.to(rows.device)], fill[block][mask])
+            n_added += fold(mlps[block].matrices[0], rows[mask.to(rows.device)], fill[block][mask])
     if n_added and fit is not None:
         fit = _fit(source, pruned, before, plan.widths)
-        unsaveable = None if fit is not None else _no_bias(kind)
+        unsaveable = None if fit is not None else no_bias(kind)
     if fit is not None:
         settings, biases = fit
         for setting, value in settings.items():
@@ -356,37 +351,10 @@ def _made(
     }
 
 
-def _plans(form: str, gone: Mapping[int, Tensor], mlps: Mapping[int, MLP], kind: str) -> list[_Plan]:
-    """Return what to try, the best first."""
-    own = {block: mlp.d_mlp for block, mlp in mlps.items()}
-    # Conv1D of transformers cannot be 0 wide: a layer that keeps none is left with one neuron of zeros.
-    keep = own | {block: max(1, int((~mask).sum())) for block, mask in gone.items()}
-    widest = max(keep.values())
-    padded = {block: min(width, widest) for block, width in own.items()}
-    if form != "auto":
-        asked = {"cut": keep, "padded": padded, "zeroed": own}[form]
-        return [_Plan("zeroed" if asked == own else form, asked, "asked for")]
-    cut = _Plan("cut", keep, f"the configuration of {kind} can say what each layer keeps")
-    if padded == own:
-        return [
-            cut,
-            _Plan("zeroed", own, f"a layer keeps all of its neurons, and a checkpoint of {kind} has one width"),
-        ]
-    return [
-        cut,
-        _Plan("padded", padded, f"a checkpoint of {kind} has one width, and a layer keeps {widest}"),
-        _Plan("zeroed", own, f"the configuration of {kind} has no setting for the width of its MLPs"),
-    ]
-
-
-def _taken_out(
-    copied: Any, gone: Mapping[int, Tensor], widths: Mapping[int, int]
-) -> tuple[Any, dict[int, nn.Module], int, int]:
-    """Take the neurons out of a copy; return it, its down projections, and how many numbers are gone and are zero."""
-    mlps = measured_mlps(copied)
+def _take_out(mlps: Mapping[int, MLP], gone: Mapping[int, Tensor], widths: Mapping[int, int]) -> tuple[int, int]:
+    """Take the neurons out of a copy's MLPs; return how many numbers are gone and how many are zero."""
     counts = [take_out(mlps[block], mask, widths[block]) for block, mask in gone.items()]
-    downs = {block: mlp.matrices[0] for block, mlp in mlps.items()}
-    return copied, downs, sum(removed for removed, _ in counts), sum(zeroed for _, zeroed in counts)
+    return sum(removed for removed, _ in counts), sum(zeroed for _, zeroed in counts)
 
 
 def _fit(source: Any, pruned: Any, before: Mapping[int, MLP], widths: Mapping[int, int]) -> Any:
@@ -394,23 +362,6 @@ def _fit(source: Any, pruned: Any, before: Mapping[int, MLP], widths: Mapping[in
     shapes = {name: tuple(tensor.shape) for name, tensor in pruned.state_dict().items()}
     d_mlp = max(mlp.d_mlp for mlp in before.values())
     return fitting_settings(type(source), source.config, shapes, d_mlp, list(widths.values()))
-
-
-def _no_width(kind: str, plan: _Plan) -> str:
-    least, most = min(plan.widths.values()), max(plan.widths.values())
-    if plan.form == "zeroed":
-        return f"{kind} with layers of {least} to {most} neurons cannot be built from its configuration"
-    if least < most:
-        what = f"layers keep {least} to {most} neurons, and a checkpoint of {kind} has one width"
-        return f"{what}; form='padded' or 'zeroed' can be saved"
-    return f"the configuration of {kind} has no setting for the width of its MLPs; form='zeroed' can be saved"
-
-
-def _no_bias(kind: str) -> str:
-    return (
-        f"mean replacement puts constants into the down projections' biases, and the configuration of {kind} has no "
-        "setting for them; use the model in memory, or remove neurons with replacement='zero'"
-    )
 
 
 def _measured(result: AblationResult) -> dict[str, Any]:

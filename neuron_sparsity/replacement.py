@@ -30,7 +30,7 @@ from neuron_sparsity import placement
 from neuron_sparsity.adapter import MLPAdapter, PostHook, attach
 from neuron_sparsity.blueprint import mlp_outputs
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.entry import check_windows, shape_of
+from neuron_sparsity.entry import check_windows, finite, shape_of
 
 __all__ = ["BANK_TOKENS", "REPLACEMENTS", "Neurons", "Replacer", "ablate", "default_replacement", "neuron_mask"]
 
@@ -108,7 +108,8 @@ def ablate(
     """
     if replacement is None and means is None and corpus is not None:
         raise ValueError("corpus is for replacement='mean' or 'resample': name one of them, or leave corpus out")
-    replacer = Replacer(model, default_replacement(replacement, means), means=means, corpus=corpus, seed=seed)
+    chosen = default_replacement(replacement, means)
+    replacer = Replacer(model, chosen, means=finite(means), corpus=corpus, seed=seed)
     with replacer.on_post(neuron_mask(replacer.blocks, replacer.d_mlp, neurons)) as on_post, replacer.hooked(on_post):
         yield
 
@@ -388,7 +389,9 @@ class _Plain:
         self.blocks = tuple(self.projections)
         widths = {_n_neurons(module) for module in self.projections.values()}
         if len(widths) > 1:
-            raise ValueError(f"layers differ in width ({sorted(widths)}); only models of one d_mlp can be ablated")
+            raise ValueError(
+                f"layers differ in width ({sorted(widths)}); prune with form='zeroed' to ablate what is left"
+            )
         self.d_mlp = widths.pop()
         self.embedding: nn.Module = model.get_input_embeddings()
 

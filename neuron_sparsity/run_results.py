@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuron_sparsity.ablation import AblationResult
+from neuron_sparsity.ablation_files import kept_removals
 from neuron_sparsity.damage import DamageResult
 from neuron_sparsity.errors import RunFolderError
 from neuron_sparsity.pareto import ParetoResult
@@ -28,6 +30,7 @@ if TYPE_CHECKING:  # every command reads run folders, and few of them need the r
     from neuron_sparsity.trajectory import TrajectoryResult
 
 __all__ = [
+    "AppliedResults",
     "applied_results",
     "load_run",
     "means_of",
@@ -65,35 +68,48 @@ def load_run(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def applied_results(path: str | Path) -> tuple[list[Any], Any]:
-    """Return the results of a run folder that can be applied to a model, and the means that a removal needs.
+@dataclass(frozen=True)
+class AppliedResults:
+    """Results of a run folder that can be applied to a model.
 
-    Returns:
-        The truncations by p (those that are reached), then the removal; means [layer, neuron], or None.
+    Attributes:
+        results: Truncations, then removals, by p, under names that differ.
+        means: Mean post-activations [layer, neuron] that the removals put in, or None.
+        left_out: Files that are not taken, each with the reason.
+    """
+
+    results: dict[str, SparsityResult | AblationResult]
+    means: Float[Tensor, "layer neuron"] | None
+    left_out: tuple[str, ...]
+
+
+def applied_results(path: str | Path) -> AppliedResults:
+    """Return the results of a run folder that can be applied to a model: those that are reached, at every p.
 
     Raises:
         RunFolderError: If it is no run folder, has no such result, or a file in it is damaged.
     """
     folder = RunFolder(path)
-    found: list[Any] = []
-    for file in sorted(folder.path.glob("sparsity*.json")):
+    kept = kept_removals(folder)
+    truncations: dict[str, SparsityResult] = {}
+    left_out = dict(kept.left_out)
+    for file in sorted(folder.path.glob("sparsity*.json"), key=lambda file: (file.name != "sparsity.json", file.name)):
         data = read_json(file)
         with blaming(file):
             result = checked(SparsityResult.from_json(data))
-        found += [result] if result.reached else []
-    found.sort(key=lambda result: result.p_percent)
-    means = None
-    if folder.has("ablation.json"):
-        file = folder.file("ablation.json")
-        data = read_json(file)
-        with blaming(file):
-            removed = checked(AblationResult.from_json(data))
-        if removed.n_removable:
-            found.append(removed)
-            means = means_of(folder, removed)
+        if result.name in truncations:
+            left_out[file.name] = f"{result.name} is of another file already"
+        elif result.reached:
+            truncations[result.name] = result
+    removals = {p: removed for p, removed in kept.at.items() if removed.n_removable}
+    means = means_of(folder, next(iter(removals.values()))) if removals else None
+    found: dict[str, Any] = dict(sorted(truncations.items(), key=lambda item: item[1].p_percent))
+    for p, removed in removals.items():
+        at = f" at {p:g} %" if len(removals) > 1 else ""
+        found[f"{removed.n_removable:,} neurons removed{at}"] = removed
     if not found:
         raise RunFolderError(f"{path} has no result to apply; `neuron-sparsity sparsity --out {path}` makes one")
-    return found, means
+    return AppliedResults(found, means, tuple(f"{name} ({why})" for name, why in left_out.items()))
 
 
 def means_of(folder: RunFolder, removed: AblationResult) -> Float[Tensor, "layer neuron"] | None:

@@ -40,6 +40,7 @@ from neuron_sparsity.perplexity import Progress
 from neuron_sparsity.search import search_name
 from neuron_sparsity.store import provenance
 from neuron_sparsity.truncation import TokenActivity, apply_thresholds, sparsify, token_activity
+from neuron_sparsity.typed import percents
 
 __all__ = [
     "Estimate",
@@ -262,11 +263,7 @@ def cett_ppl_sparsities(
     Returns:
         One result for each p, in their order; `cost` is that of all of them.
     """
-    if not p_percents:
-        raise ValueError("p_percents must hold at least one p")
-    for p_percent in p_percents:
-        if not (math.isfinite(p_percent) and p_percent > 0):
-            raise ValueError(f"p must be a positive number of percent, got {p_percent}")
+    p_percents = percents(p_percents)
     if tolerance_percent is not None and not (math.isfinite(tolerance_percent) and tolerance_percent > 0):
         raise ValueError(f"tolerance must be a positive number of percentage points, got {tolerance_percent}")
     if metric not in METRICS:

@@ -196,8 +196,9 @@ def _neuron_lines(stats: NeuronStatistics, *, thresholds: bool) -> list[str]:
 
 
 def _removal_lines(removed: AblationResult) -> list[str]:
+    within = " within layers" if removed.scope == "layer" else ""
     lines = [
-        f"removable for good at {removed.p_percent:g} % ({removed.ranking}, {removed.replacement} replacement"
+        f"removable for good at {removed.p_percent:g} % ({removed.ranking}{within}, {removed.replacement} replacement"
         f"{_ranked_on(removed)}): "
         f"{removed.n_removable:,} of {removed.n_neurons:,} neurons ({removed.ppl_increase_percent:+.3f} %, "
         f"{removed.corpus['n_tokens']:,} tokens)"
@@ -239,6 +240,8 @@ def _heldout_lines(heldout: dict[str, Any]) -> list[str]:
     verdict = heldout.get("verdict", "holds" if heldout["holds"] else "does not hold")
     if seen_by(heldout):
         verdict += f", but {seen_by(heldout)} this text"
+    if heldout.get("chosen_on"):
+        verdict += ", but was chosen on it"
     line = f"  on {heldout['corpus']['n_tokens']:,} held-out tokens: {heldout['ppl_increase_percent']:+.3f} %"
     interval = heldout.get("interval")
     if interval:

@@ -24,7 +24,7 @@ __all__ = ["add_zero_biases", "check_same_logits", "fold", "is_quantised", "shar
 
 # Largest difference of the logits, relative to the largest logit: the same sums in another order.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-_PROBE = 16  # tokens
+_PROBE = 16  # tokens, if the model takes so many
 _PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32)
 
 
@@ -140,7 +140,9 @@ def check_same_logits(
         ModelError: If they differ, or the pruned one does not run.
     """
     embedding = model.get_input_embeddings().weight
-    tokens = (torch.arange(_PROBE, device=embedding.device) * 7 + 5).remainder(embedding.shape[0])[None]
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _PROBE
+    n_tokens = min(_PROBE, context) if context > 0 else _PROBE  # XLNet says -1
+    tokens = (torch.arange(n_tokens, device=embedding.device) * 7 + 5).remainder(embedding.shape[0])[None]
     mlps = measured_mlps(model)
     with torch.no_grad(), ExitStack() as stack:
         for block, mask in gone.items():

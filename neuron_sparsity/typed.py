@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-__all__ = ["brief", "checked", "expect", "said"]
+__all__ = ["brief", "checked", "expect", "percents", "said"]
 
 _MADE_BY = {
     "Atlas": "ns.atlas(stats)",
@@ -51,6 +52,36 @@ def expect(name: str, value: Any, *kinds: str, instead: str = "") -> None:
         mend = instead or f"{_MADE_BY[kinds[0]]} makes {'windows' if kinds[0] == 'Windows' else 'one'}"
         article = "" if kinds[0] == "Windows" else "an " if kinds[0][0] == "A" else "a "
         raise TypeError(f"{name} must be {article}{' or '.join(kinds)}, got {said(value)}; {mend}")
+
+
+def percents(values: Any) -> tuple[float, ...]:
+    """Return rises of perplexity in percent, given as a list, an array or anything else that yields numbers.
+
+    Raises:
+        TypeError: If they are no such thing, or something else is among them.
+        ValueError: If there are none, or one is no positive number.
+
+    Example:
+        >>> percents([1, 5.0])
+        (1.0, 5.0)
+    """
+    wanted = "p_percents must be several numbers of percent, such as (1.0, 5.0), got"
+    try:
+        listed = None if isinstance(values, str) else list(values)
+    except TypeError:  # one number, an array of no dimension
+        listed = None
+    if listed is None:
+        raise TypeError(f"{wanted} {said(values)}")
+    for value in listed:
+        if isinstance(value, str | bool) or not hasattr(value, "__float__"):
+            raise TypeError(f"{wanted} {said(value)} among them")
+    found = tuple(map(float, listed))
+    if not found:
+        raise ValueError("p_percents is empty; p_percents must hold at least one p, such as (1.0,)")
+    for p_percent in found:
+        if not (math.isfinite(p_percent) and p_percent > 0):
+            raise ValueError(f"p must be a positive number of percent, got {p_percent}")
+    return found
 
 
 def said(value: Any) -> str:

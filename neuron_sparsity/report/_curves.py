@@ -258,6 +258,7 @@ def removal_verdict(removed: AblationResult) -> str:
     elif held.get("holds"):
         said.append(
             f"On held-out text it rises by {percent(held['ppl_increase_percent'])}, within the target: the set holds."
+            + (" It was chosen on that text." if held.get("chosen_on") else "")
         )
     elif held.get("verdict") == "not refuted":
         ends = " to ".join(signed(end) for end in held.get("interval") or ())
@@ -281,4 +282,25 @@ def removal_verdict(removed: AblationResult) -> str:
     if removed.control:
         kind = visible(removed.control.get("kind", "random"))
         said.append(f"Control ({kind}). {control_line(removed.control)}")
-    return Markup('<p class="verdict">{}</p>').format(" ".join(said))
+    return join([Markup('<p class="verdict">{}</p>').format(" ".join(said)), _every_target(removed)])
+
+
+def _every_target(removed: AblationResult) -> str:
+    """What the same search found at each p, where it was asked for several."""
+    found = getattr(removed, "per_p", ())
+    if len(found) < 2:
+        return ""
+    header = ("target", "neurons that can go", "perplexity", "random neurons do", "held-out text, 95 %", "verdict")
+    rows = [
+        (
+            f"+{target(one['p_percent'])}",
+            count(one["n_removable"]),
+            signed(one["ppl_increase_percent"]),
+            f"{number(one['control_ratio'])} times" if one["control_ratio"] else "not known",
+            " to ".join(signed(end) for end in one["heldout_interval"]) if one["heldout_interval"] else "not known",
+            visible(one["verdict"] or "nothing to check"),
+        )
+        for one in found
+    ]
+    where = f"{count(removed.corpus['n_tokens'])} tokens of {visible(removed.corpus['name'])}"
+    return table(header, rows, caption=f"Every target of this search, on {where}")

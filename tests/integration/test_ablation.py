@@ -335,6 +335,35 @@ def test_several_p_share_passes(case: SimpleNamespace) -> None:
     assert shared < alone.cost["forward_passes"] - 2  # at the least the two dense passes
 
 
+def test_the_set_that_holds_is_told_as_it_was_measured(case: SimpleNamespace, own_windows: Any) -> None:
+    heldout = own_windows(case.model, 8, seed=5)
+    found = removable_sets(
+        case.adapter, case.windows, case.ranking, p_percents=(1.0, 5.0, 20.0), heldout=heldout, n_controls=0
+    )
+    shorter = [result for result in found if result.heldout["holding"]]
+    assert shorter, "no search left a shorter set"
+    for result in shorter:
+        held = result.holding_set()
+        n = held.n_removable
+        assert n == result.heldout["holding"]["n_removable"] < result.n_removable
+        assert held.removable == result.removable[:n]
+        with ablate(case.adapter, held.removable, replacement="mean", means=case.ranking.mean_activation):
+            assert held.ppl_ablated == pytest.approx(perplexity(case.adapter, heldout).ppl)
+        assert held.ppl_dense == pytest.approx(perplexity(case.adapter, heldout).ppl)
+        assert held.ppl_increase_percent <= held.p_percent
+        assert held.corpus == held.heldout["corpus"] == heldout.describe()
+        assert [point["n_removed"] for point in held.curve] == [0, n, result.n_removable]
+        assert (held.control, held.heldout["holds"], held.heldout["holding"]) == (None, True, None)
+        assert held.holding_set() == held
+        assert AblationResult.from_json(json.loads(to_json_text(held.to_json()))) == held
+        assert summary_lines(None, None, held)[-1].endswith("holds, but was chosen on it")
+    none = dataclasses.replace(shorter[0], heldout=shorter[0].heldout | {"holding": None})
+    with pytest.raises(ValueError, match=r"no set was found to hold at .* on the 256 tokens of held-out text \("):
+        none.holding_set()
+    with pytest.raises(ValueError, match=r"nothing is removable at .*; search at a larger p"):
+        dataclasses.replace(none, n_removable=0, removable=(), heldout=None).holding_set()
+
+
 def test_an_interrupted_search_goes_on_and_ends_equal(
     case: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -157,10 +158,46 @@ def test_names_where_objects_are_due(tmp_path: Path, case: SimpleNamespace) -> N
     assert refusal(lambda: ns.attach("demo-relu")).endswith("got 'demo-relu'; ns.load_model(name) makes one")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (5.0, "p_percents must be several numbers of percent, such as (1.0, 5.0), got 5.0"),
+        ("5", "p_percents must be several numbers of percent, such as (1.0, 5.0), got '5'"),
+        (None, "p_percents must be several numbers of percent, such as (1.0, 5.0), got None"),
+        (np.array(5.0), "p_percents must be several numbers of percent, such as (1.0, 5.0), got ndarray"),
+        (("1", "5"), "p_percents must be several numbers of percent, such as (1.0, 5.0), got '1' among them"),
+        ((1.0, None), "p_percents must be several numbers of percent, such as (1.0, 5.0), got None among them"),
+        ((1.0, True), "p_percents must be several numbers of percent, such as (1.0, 5.0), got True among them"),
+        (np.array([]), "p_percents is empty; p_percents must hold at least one p, such as (1.0,)"),
+        (np.array([1.0, -1.0]), "p must be a positive number of percent, got -1.0"),
+    ],
+)
+def test_p_percents(given: Any, said: str, case: SimpleNamespace) -> None:
+    for call in (
+        lambda: ns.removable_sets(case.adapter, case.windows, case.ranking, p_percents=given),
+        lambda: ns.cett_ppl_sparsities(case.adapter, case.windows, p_percents=given),
+        lambda: ns.pareto(case.adapter, case.windows, p_percents=given),
+    ):
+        assert refusal(call, Exception) == said
+
+
+def test_p_percents_that_are_no_list(case: SimpleNamespace) -> None:
+    expected = ns.removable_sets(case.adapter, case.windows, case.ranking, p_percents=(2.0, 20.0), n_controls=0)
+    for given in (np.array([2, 20]), torch.tensor([2.0, 20.0]), (p for p in (2.0, 20.0))):
+        found = ns.removable_sets(case.adapter, case.windows, case.ranking, p_percents=given, n_controls=0)
+        assert [result.p_percent for result in found] == [2.0, 20.0]
+        assert [result.removable for result in found] == [result.removable for result in expected]
+
+
 def test_means_and_thresholds(case: SimpleNamespace) -> None:
     ablating = ns.ablate(case.adapter, [(0, 1)], replacement="mean", means=[0.0])  # type: ignore[arg-type]
     expected = "means must be a tensor [layer, neuron], got list; stats.mean_activation is one"
     assert refusal(lambda: ablating.__enter__()) == expected
+    for bad in (float("nan"), float("inf")):
+        means = torch.zeros(case.adapter.info.n_layers, case.adapter.info.d_mlp)
+        means[0, 1] = bad
+        ablating = ns.ablate(case.adapter, [(0, 1)], means=means)
+        assert refusal(ablating.__enter__, ValueError) == "means are NaN or infinite; record the model again"
     record: Any = ns.record
     said = refusal(lambda: record(case.adapter, case.windows, thresholds=[0.1, 0.1]))
     assert said == "thresholds must be sets by name, {result.name: result.thresholds}, got list"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from neuron_sparsity.ablation import ablate, removable_neurons
 from neuron_sparsity.adapter import attach
+from neuron_sparsity.damage import damage
 from neuron_sparsity.errors import ModelError, RunFolderError
 from neuron_sparsity.perplexity import perplexity
 from neuron_sparsity.pruning import FORMS, prune
@@ -171,6 +174,68 @@ def test_a_pruned_model_can_be_measured_and_pruned_again(case: SimpleNamespace, 
     assert same_bits(bits(twice.model), bits(both.model))
 
 
+def test_a_context_shorter_than_the_probe(tiny_hf_models: Any) -> None:
+    config = copy.deepcopy(tiny_hf_models("gpt2").config)
+    config.n_positions = 5
+    model = hf.GPT2LMHeadModel(config).eval()
+    assert prune(model, EVEN).form == "cut"
+
+
+def test_layers_of_different_widths_cannot_be_ablated_and_the_error_says_what_can(tiny_hf_models: Any) -> None:
+    cut = prune(tiny_hf_models("llama"), UNEVEN, form="cut").model
+    with (
+        pytest.raises(ValueError, match=r"layers differ in width .*; prune with form='zeroed' to ablate what is left"),
+        ablate(cut, [(0, 0)]),
+    ):
+        pass
+    zeroed = prune(tiny_hf_models("llama"), UNEVEN, form="zeroed").model
+    with ablate(zeroed, [(0, 0)]):
+        pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_mlp_as_wide_as_the_residual_stream(family: str, tiny_hf_models: Any, means: Tensor) -> None:
+    config = copy.deepcopy(tiny_hf_models(family).config)
+    setattr(config, {"gpt2": "n_inner", "opt": "ffn_dim"}.get(family, "intermediate_size"), D_MODEL)
+    torch.manual_seed(0)
+    model = type(tiny_hf_models(family))(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0 if parameter.ndim > 1 else 1.0)
+    down = {"llama": "mlp.down_proj", "gpt2": "mlp.c_proj", "opt": "fc2", "neox": "mlp.dense_4h_to_h"}[family]
+    downs = [module for name, module in model.named_modules() if name.endswith(down)]
+    pairs, fill, tokens = [(0, 3), (0, 31), (1, 3), (1, 8)], means[:, :D_MODEL].float(), torch.arange(24).reshape(2, 12)
+    handles = []
+    for row, module in enumerate(downs):
+        gone = [neuron for layer, neuron in pairs if layer == row]
+
+        def put(module: Any, args: Any, row: int = row, gone: Any = gone) -> Any:
+            z = args[0].clone()
+            z[..., gone] = fill[row, gone]
+            return (z, *args[1:])
+
+        handles.append(module.register_forward_pre_hook(put))
+    expected = hf_loss(model, tokens)
+    for handle in handles:
+        handle.remove()
+    assert abs(expected - hf_loss(model, tokens)) > 1e-3, "a removal that changes nothing proves nothing"
+    with ablate(model, pairs, means=fill):
+        assert hf_loss(model, tokens) == pytest.approx(expected, abs=1e-5)
+    pruned = prune(model, pairs, means=fill)
+    assert pruned.form == "cut"
+    assert hf_loss(pruned.model, tokens) == pytest.approx(expected, abs=1e-4)
+    again = prune(prune(model, pairs[:2], form="cut").model, [(1, 3), (1, 8)])
+    assert hf_loss(again.model, tokens) == pytest.approx(hf_loss(prune(model, pairs).model, tokens), abs=1e-5)
+
+
+def test_a_form_that_cannot_be_had_is_named(tiny_hf_models: Any) -> None:
+    model = tiny_hf_models("llama")
+    padded = prune(model, [(0, 1)], form="padded")
+    assert (padded.form, padded.reason) == ("zeroed", "padded was asked for, and a layer keeps all of its neurons")
+    assert prune(model, EVEN, form="padded").reason == "asked for"
+    assert prune(model, [(0, 1)], form="zeroed").reason == "asked for"
+
+
 def test_pruning_zeros_changes_nothing_bit_for_bit(case: SimpleNamespace) -> None:
     once = prune(case.model, UNEVEN, form="zeroed")
     twice = prune(once.model, UNEVEN, form="zeroed")
@@ -273,6 +338,25 @@ def test_a_result_of_another_model_is_refused(removal: SimpleNamespace, tiny_hf_
         prune(other, removal.results["zero"])
     with pytest.raises(ValueError, match="found with zero replacement, not 'mean'; leave out replacement="):
         prune(removal.model, removal.results["zero"], replacement="mean")
+
+
+def test_means_of_other_text_are_refused(removal: SimpleNamespace, own_windows: Any) -> None:
+    result, means = removal.results["mean"], removal.stats.mean_activation
+    said = "means are not those that the rise was measured with; give those of its ranking: means=ranking.mean_act"
+    one = means.clone()
+    one[1, 5] += 0.1 * means.norm()
+    for other in (record(removal.bridge, removal.windows).mean_activation, means + 0.01, one, means.flip(1)):
+        with pytest.raises(ValueError, match=said):
+            prune(removal.model, result, means=other)
+    with pytest.raises(ValueError, match=said):
+        damage(removal.bridge, removal.windows, result, means=means + 0.01)
+    again = record(removal.bridge, own_windows(removal.bridge, 32), batch_size=3).mean_activation
+    assert not torch.equal(again, means), "with the same numbers, nothing is said of rounding"
+    for same in (again, means.float(), means.half()):
+        assert prune(removal.model, result, means=same).replacement == "mean"
+    assert removal.results["zero"].means_sketch == ()
+    older = dataclasses.replace(result, means_sketch=())  # files before this was kept
+    assert prune(removal.model, older, means=means + 0.01).replacement == "mean"
 
 
 # What a configuration offers.

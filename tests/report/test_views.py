@@ -308,6 +308,21 @@ def test_what_the_search_left_open_stands_beside_the_set(run: Any) -> None:
         assert not re.search("settled|spent|perhaps", html)
 
 
+def test_every_target_of_a_search_is_on_the_page(run: Any) -> None:
+    assert "<table>" not in views.removal_verdict(run.removed)
+    one = {"p_percent": 1.0, "n_removable": 5, "ppl_increase_percent": 0.97, "control_ratio": 4.0}
+    one |= {"heldout_interval": [0.4, 1.9], "verdict": "not refuted"}
+    five = {"p_percent": 5.0, "n_removable": 1234, "ppl_increase_percent": 4.92, "control_ratio": None}
+    five |= {"heldout_interval": None, "verdict": HOSTILE}
+    html = views.removal_verdict(changed(run.removed, per_p=(one, five)))
+    text = words_of(html)
+    assert "Every target of this search, on 8,192 tokens of sotu [calibration]" in text
+    assert "+1 % 5 +0.970 % 4.00 times +0.400 % to +1.90 % not refuted" in text
+    assert "+5 % 1,234 +4.92 % not known not known" in text
+    assert HOSTILE not in html
+    assert "<table>" not in views.removal_verdict(changed(run.removed, per_p=(one,)))
+
+
 def test_the_headline_says_what_was_measured_and_what_was_asked(run: Any) -> None:
     text = words_of(views.headline(run.stats, run.result))
     assert "perplexity then changes by +1.02 % (target +1 %)" in text

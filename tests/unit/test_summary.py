@@ -111,6 +111,12 @@ def test_every_number_is_said_with_what_it_was_measured_on(
     ]
 
 
+def test_a_set_of_every_layer_is_told_from_one_of_the_model(removed: AblationResult) -> None:
+    within = summary_lines(None, None, replace(removed, scope="layer"))[1]
+    assert within.startswith("removable for good at 1 % (contribution within layers, mean replacement, ranked on the ")
+    assert "within layers" not in summary_lines(None, None, removed)[1]
+
+
 def test_a_removal_says_its_controls_its_interval_and_what_holds(removed: AblationResult) -> None:
     control = {"ppl_increase_percent": 3.0, "seeds": [0, 1, 2], "sd_percent": 0.25, "n_tokens": 500, "ratio": 2.5}
     holding = {"n_removable": 1, "ppl_increase_percent": 0.2, "interval": [-0.5, 0.9]}
