@@ -100,12 +100,19 @@ KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_p
 @pytest.mark.parametrize("kind", [*KINDS, "post_attention_layernorm", "model.norm", "lm_head"])
 def test_a_changed_row_is_another_model_for_attach(make: Any, boot: Any, kind: str) -> None:
     model = make("llama")
-    expected = attach(boot(make("llama"))).info.fingerprint
+    expected = of_plain(model)
     name = next(name for name, _ in model.named_parameters() if kind in name)
     model.get_parameter(name)[0].mul_(1.01)
-    found = attach(boot(model)).info.fingerprint
-    assert found != expected
-    assert attach(boot(make("llama")), plain=False).info.fingerprint == expected
+    changed = of_plain(model)
+    assert attach(boot(model)).info.fingerprint == changed != expected
+
+
+def test_blocks_that_trade_their_attention_show(make: Any) -> None:
+    model = make("llama")
+    expected = of_plain(model)
+    first, second = model.model.layers
+    first.self_attn, second.self_attn = second.self_attn, first.self_attn
+    assert of_plain(model) != expected
 
 
 def test_a_changed_bias_of_a_fused_projection_shows_in_a_bridge(make: Any, boot: Any) -> None:
