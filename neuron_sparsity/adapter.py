@@ -22,7 +22,7 @@ from torch import Tensor
 
 from neuron_sparsity import placement
 from neuron_sparsity.errors import ModelError
-from neuron_sparsity.model_info import ModelInfo, WeightFacts
+from neuron_sparsity.model_info import ModelInfo, WeightFacts, computed
 from neuron_sparsity.plain import PlainBody, refuse_dropout, relative_error
 from neuron_sparsity.typed import said
 from neuron_sparsity.weights import BUILTIN_MODELS, first_line, load_weights
@@ -346,9 +346,11 @@ def _check_layers(adapter: MLPAdapter) -> tuple[WeightFacts, float]:
     finally:
         for handle in handles:
             handle.remove()
-    facts = WeightFacts()
-    for layer in range(len(adapter.layers)):
-        _check_layer(adapter, layer, facts, posts.get(layer), outputs.get(layer, []))
+    facts = WeightFacts(exact=not computed(adapter.model))
+    for layer, block in enumerate(adapter.layers):
+        with placement.materialised(adapter.model.blocks[block]):
+            _check_layer(adapter, layer, facts, posts.get(layer), outputs.get(layer, []))
+    facts.add_rest(getattr(adapter.model, "original_model", adapter.model))
     return facts, min(float(z.min()) for z in posts.values())
 
 
@@ -364,7 +366,7 @@ def _check_layer(adapter: MLPAdapter, layer: int, facts: WeightFacts, z: Tensor 
         )
     if facts.norms and facts.shape != w_out.shape:
         raise _differ({facts.shape, tuple(w_out.shape)})
-    facts.add(w_out)
+    facts.add(w_out, adapter.model.blocks[block])
     if not torch.isfinite(z).all() or not torch.isfinite(facts.norms[-1]).all():
         raise ModelError(f"layer {block}: weights or post-activations are NaN or infinite; load intact weights")
     rebuilt = z.float() @ w_out.float()

@@ -35,8 +35,8 @@ from neuron_sparsity.ablation import AblationResult, ablate
 from neuron_sparsity.adapter import attach
 from neuron_sparsity.entry import own_means
 from neuron_sparsity.errors import CorpusError, MeasurementError
-from neuron_sparsity.model_info import ModelInfo, WeightFacts
-from neuron_sparsity.plain import down_projections, output_rows, unwrapped
+from neuron_sparsity.model_info import ModelInfo
+from neuron_sparsity.plain import down_projections, fingerprint, unwrapped
 from neuron_sparsity.sparsity import SparsityResult
 from neuron_sparsity.store import provenance
 from neuron_sparsity.task_scores import Score, scores_of
@@ -282,10 +282,7 @@ def _removed(hf_model: nn.Module, result: AblationResult, means: Tensor | None) 
     """Remove the neurons of a result from a plain Hugging Face model while the context is open."""
     info = result.model
     projections = down_projections(hf_model, info.d_mlp, info.d_model, info.n_layers)
-    facts = WeightFacts()
-    for module in projections:
-        facts.add(output_rows(module))
-    if facts.fingerprint != info.fingerprint:
+    if fingerprint(hf_model, projections) != info.fingerprint:
         raise ValueError(f"the removal was measured on {info.name} with other weights; measure this model first")
     if result.replacement not in ("zero", "mean"):
         raise ValueError(

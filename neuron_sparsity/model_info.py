@@ -1,4 +1,4 @@
-"""What a number was measured on, on the model's side: names, sizes, and a fingerprint of the output weights."""
+"""What a number was measured on, on the model's side: names, sizes, and a fingerprint of all weights."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["ModelInfo", "WeightFacts", "otherwise"]
+from neuron_sparsity.fingerprint import sums_of
+
+__all__ = ["ModelInfo", "WeightFacts", "computed", "otherwise"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class ModelInfo:
         weights: `"as loaded"`, or `"centred"` where the host centred the weights that write to the residual stream.
         host: Class and TransformerLens version that ran the model.
         layers: Block index of each measured layer.
-        fingerprint: Hash of the norms of all output weight rows (rounded to 3 digits): same weights, same hash.
+        fingerprint: Hash of all parameters: same weights, same hash (`WeightFacts`).
     """
 
     name: str
@@ -86,8 +88,31 @@ def otherwise(found: ModelInfo, here: ModelInfo) -> str:
     return "with other weights"
 
 
+def computed(model: Any) -> bool:
+    """Return whether TransformerLens folded norms into the weights, or centred them, when it loaded the model.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> [computed(SimpleNamespace(cfg=SimpleNamespace(normalization_type=kind))) for kind in ("LN", "LNPre")]
+        [False, True]
+    """
+    folded = str(model.cfg.normalization_type).endswith("Pre")  # HookedTransformer; a bridge keeps the name
+    return folded or bool(getattr(model, "_weights_processed", False))
+
+
 class WeightFacts:
-    """What is kept of the output weights, gathered one layer at a time: an offloaded layer is read once.
+    """What is kept of a model's weights, gathered one layer at a time: an offloaded layer is read once.
+
+    The fingerprint is a hash of, for each measured block in order, the norms of its output weight rows (to 3 digits)
+    and sums over all its parameters, and of sums over all parameters outside of these blocks: embeddings, unembedding,
+    norms (`fingerprint.sums_of`). A Hugging Face model, its TransformerBridge and a HookedTransformer of the same
+    weights share it, tied or not, fused or split. Weights that were rounded to bfloat16, folded or centred have another
+    one, and so has a HookedTransformer that stores something else (of Gemma: norms plus one, and a scaled embedding).
+    What is no parameter is not in it: the configuration, buffers.
+
+    Args:
+        exact: Whether any one number that changes shows; else what changes the sum of squares of a block in 6 digits
+            (for weights that are computed when they are loaded, and round otherwise on another machine).
 
     Attributes:
         norms: Norm of each row, a layer.
@@ -98,20 +123,25 @@ class WeightFacts:
     Example:
         >>> import torch
         >>> facts = WeightFacts()
-        >>> facts.add(torch.tensor([[3.0, -3.0], [0.0, 0.0]]))
+        >>> down = nn.Linear(2, 2, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = down.weight.copy_(torch.tensor([[3.0, 0.0], [-3.0, 0.0]]))
+        >>> facts.add(down.weight.detach().t(), down)
         >>> facts.norms[0].tolist(), facts.centred, facts.fingerprint
-        ([4.242640495300293, 0.0], True, '6edbed31730b42dc')
+        ([4.242640495300293, 0.0], True, 'f9c0b1190e8a119e')
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, exact: bool = True) -> None:
+        self.exact = exact
+        self._done: set[int] = set()
         self.norms: list[Float[Tensor, " neuron"]] = []
         self.shape: tuple[int, int] = (0, 0)
         self.dtype = ""
         self.centred = True
         self._digest = hashlib.sha256()
 
-    def add(self, w_out: Float[Tensor, "neuron d_model"]) -> None:
-        """Take in the next layer's output weights."""
+    def add(self, w_out: Float[Tensor, "neuron d_model"], block: nn.Module) -> None:
+        """Take in the next layer's output weights, and all parameters of its block."""
         if not self.norms:
             self.shape = (int(w_out.shape[0]), int(w_out.shape[1]))
             self.dtype = str(w_out.dtype).removeprefix("torch.")
@@ -121,8 +151,13 @@ class WeightFacts:
         # In float64, where the order of the sum does not show in three digits.
         norms = w_out.double().norm(dim=1)
         self._digest.update(" ".join(f"{value:.3g}" for value in norms.tolist()).encode())
+        self.add_rest(block)
+
+    def add_rest(self, model: nn.Module) -> None:
+        """Take in all parameters of a model that were not taken in with its blocks."""
+        self._digest.update(f" {sums_of(model, self._done).told(exact=self.exact)} ".encode())
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the norms of all rows, rounded to 3 digits."""
+        """Hash of all that was taken in."""
         return self._digest.hexdigest()[:16]

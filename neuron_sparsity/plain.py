@@ -8,7 +8,7 @@ by how much). It is used only where `adapter` has proved, on one batch, that it 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,9 +16,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from neuron_sparsity.errors import ModelError
+from neuron_sparsity.model_info import WeightFacts
 from neuron_sparsity.placement import hook_of, materialised, run_hooked
 
-__all__ = ["PlainBody", "down_projections", "output_rows", "refuse_dropout", "relative_error", "unwrapped"]
+__all__ = [
+    "PlainBody",
+    "down_projections",
+    "fingerprint",
+    "output_rows",
+    "refuse_dropout",
+    "relative_error",
+    "unwrapped",
+]
 
 
 class PlainBody:
@@ -132,6 +141,29 @@ def output_rows(module: nn.Module) -> Float[Tensor, "neuron d_model"]:
     with materialised(module):
         weight: Tensor = module.weight.detach()  # type: ignore[assignment, union-attr, operator]
     return (weight if type(module).__name__ == "Conv1D" else weight.t()).float()
+
+
+def fingerprint(model: nn.Module, projections: Sequence[nn.Module]) -> str:
+    """Return the fingerprint of a plain Hugging Face model, the one that `attach` finds for it in a TransformerBridge.
+
+    Args:
+        model: Causal language model of transformers.
+        projections: Its down projections, in order.
+
+    Raises:
+        ValueError: If they are not in blocks of one list.
+    """
+    wanted = {id(module) for module in projections}
+    for stack in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        blocks = [block for block in stack if any(id(module) in wanted for module in block.modules())]
+        if len(blocks) == len(projections):
+            facts = WeightFacts()
+            for module, block in zip(projections, blocks, strict=True):
+                with materialised(block):
+                    facts.add(output_rows(module), block)
+            facts.add_rest(model)
+            return facts.fingerprint
+    raise ValueError(f"no list of {len(projections)} blocks with one down projection each in {type(model).__name__}")
 
 
 def relative_error(rebuilt: Tensor, output: Tensor) -> float:

@@ -32,8 +32,8 @@ from neuron_sparsity.checkpoint import check_vacant, fitting_settings, shapes_of
 from neuron_sparsity.entry import finite, own_means
 from neuron_sparsity.errors import ModelError
 from neuron_sparsity.model_card import model_card
-from neuron_sparsity.model_info import WeightFacts
 from neuron_sparsity.placement import hook_of
+from neuron_sparsity.plain import fingerprint as fingerprint_of
 from neuron_sparsity.plain import output_rows, unwrapped
 from neuron_sparsity.pruning_forms import FORMS, no_bias, no_width, plans_of
 from neuron_sparsity.replacement import default_replacement
@@ -64,7 +64,7 @@ class PrunedModel:
         n_parameters_added: Those of new biases.
         unsaveable: Why no checkpoint can be written that plain `from_pretrained` loads, and what could be; None if one
             can.
-        source: `name`, `architecture` and `fingerprint` (of the output weights) of the model before.
+        source: `name`, `architecture` and `fingerprint` of the model before.
         measured: What the removal costs and on what, where the neurons are those of an `AblationResult`; else None.
         tokenizer: Saved beside the weights, or None.
         provenance: Versions and command.
@@ -173,7 +173,7 @@ def prune(
         check_vacant(Path(out))
     source, name, own_tokenizer = _plain_model(model)
     mlps = _checked_mlps(source)
-    fingerprint = _fingerprint(mlps)
+    fingerprint = fingerprint_of(source, [mlp.matrices[0] for mlp in mlps.values()])
     if result is not None and result.model.fingerprint != fingerprint:
         raise ValueError(
             f"the neurons were found on {result.model.name} with other weights ({result.model.weights}); "
@@ -264,13 +264,6 @@ def _checked_mlps(model: Any) -> dict[int, MLP]:
     if len({id(matrix.weight) for matrix in matrices}) < len(matrices):
         raise ModelError("layers share the weights of one MLP, so that no neuron of a single layer can go")
     return mlps
-
-
-def _fingerprint(mlps: Mapping[int, MLP]) -> str:
-    facts = WeightFacts()
-    for mlp in mlps.values():
-        facts.add(output_rows(mlp.matrices[0]))
-    return facts.fingerprint
 
 
 def _gone(pairs: Iterable[tuple[int, int]], mlps: Mapping[int, MLP]) -> dict[int, Bool[Tensor, " neuron"]]:

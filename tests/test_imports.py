@@ -32,6 +32,7 @@ ROOMS = [
     "corpus",
     "overlap",
     "placement",
+    "fingerprint",
     "model_info",
     "weights",
     "blueprint",

@@ -100,7 +100,7 @@ class TrajectoryPoint:
         checkpoint: Its label.
         tokens: Training tokens.
         ppl_dense: Perplexity as it is.
-        fingerprint: Hash of the norms of its output weight rows.
+        fingerprint: Hash of its weights.
         own: At its own CETT-PPL-p%; None where that was not asked for.
         passes: At CETTs common to several checkpoints: those the search for the common one has tried, and that one.
     """

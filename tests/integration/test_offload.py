@@ -13,6 +13,7 @@ import torch
 from neuron_sparsity.adapter import attach, load_model
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.errors import ModelError
+from neuron_sparsity.model_info import WeightFacts
 from neuron_sparsity.perplexity import default_batch_size, perplexity
 from neuron_sparsity.placement import is_offloaded
 from neuron_sparsity.sparsity import apply_thresholds, cett_ppl_sparsity, sparsify
@@ -23,6 +24,7 @@ accelerate = pytest.importorskip("accelerate", reason="offloading is accelerate'
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 offloads = pytest.mark.skipif(transformer_lens_version() < (4, 0), reason="TransformerLens 3 runs no offloaded model")
 
+adapter_module = sys.modules["neuron_sparsity.adapter"]
 perplexity_module = sys.modules["neuron_sparsity.perplexity"]  # as an attribute of the package it is the function
 FAMILIES = ("llama", "gpt2", "opt")
 LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers"}
@@ -181,13 +183,26 @@ def loads(model: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
 
 
 @offloads
-def test_each_output_weight_is_read_once_besides_the_passes(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_weight_is_read_once_besides_the_passes(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down projections too: they are not read once for their norms and once more for the fingerprint."""
     model = load_model(folder("llama"), device={"": "disk"})
     counts = loads(model, monkeypatch)
+    before, after, check = {}, {}, adapter_module._check_layers
+
+    def facts(**options: Any) -> WeightFacts:
+        before.update(counts)
+        return WeightFacts(**options)
+
+    def checked(adapter: Any) -> Any:
+        found = check(adapter)
+        after.update(counts)
+        return found
+
+    monkeypatch.setattr(adapter_module, "WeightFacts", facts)
+    monkeypatch.setattr(adapter_module, "_check_layers", checked)
     adapter = attach(model)
-    for layer in range(2):
-        prefix = f"model.layers.{layer}.mlp"
-        assert counts[f"{prefix}.down_proj.weight"] == counts[f"{prefix}.up_proj.weight"] + 1
+    assert len(after) == len(list(model.original_model.parameters())) == 21
+    assert {name: count - before[name] for name, count in after.items()} == dict.fromkeys(after, 1)
     counts.clear()
     adapter.w_out(1)
     assert counts == {"model.layers.1.mlp.down_proj.weight": 1}
