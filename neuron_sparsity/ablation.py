@@ -24,15 +24,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from neuron_sparsity import parallel
 from neuron_sparsity.adapter import MLPAdapter, ModelInfo
 from neuron_sparsity.confirmation import compare, confirm, rise_percent
 from neuron_sparsity.corpus import Windows
-from neuron_sparsity.entry import means_sketch, measurable
+from neuron_sparsity.entry import check_ranking, means_sketch, measurable
 from neuron_sparsity.holding import held_fields
-from neuron_sparsity.model_info import otherwise
 from neuron_sparsity.overlap import share_text
 from neuron_sparsity.perplexity import Progress, default_batch_size
 from neuron_sparsity.ranking import Ranking
@@ -40,7 +37,7 @@ from neuron_sparsity.removal import PrefixSearch, Removals, order_hash
 from neuron_sparsity.replacement import BANK_TOKENS, REPLACEMENTS, Replacer, ablate
 from neuron_sparsity.store import decode, make_folder, provenance, read_json, write_json
 from neuron_sparsity.tally import DENSE, prefix_key
-from neuron_sparsity.typed import expect, percents
+from neuron_sparsity.typed import percents
 
 __all__ = [
     "PARTIAL",
@@ -233,7 +230,9 @@ def removable_sets(
     """
     adapter = measurable(model, windows, heldout=heldout, ranked_on=ranked_on)
     p_percents = percents(p_percents)
-    _check(adapter, ranking, n_controls)
+    check_ranking(ranking, adapter)
+    if n_controls < 0:
+        raise ValueError(f"n_controls must be >= 0, got {n_controls}")
     if heldout is None:
         windows, heldout = windows.split(0.5)
     elif set(map(tuple, heldout.tokens.tolist())) & set(map(tuple, windows.tokens.tolist())):
@@ -263,25 +262,6 @@ def drop_finished_search(folder: Path, result: AblationResult) -> None:
         own = (result.ranking_sha256, result.replacement)
         if isinstance(question, dict) and (question.get("order"), question.get("replacement")) == own:
             path.unlink()
-
-
-def _check(adapter: MLPAdapter, ranking: Ranking, n_controls: int) -> None:
-    expect("ranking", ranking, "Ranking")
-    if n_controls < 0:
-        raise ValueError(f"n_controls must be >= 0, got {n_controls}")
-    if ranking.model.fingerprint != adapter.info.fingerprint:
-        how = otherwise(ranking.model, adapter.info)
-        raise ValueError(f"the ranking was made on {ranking.model.name} {how}; record this model first")
-    if tuple(ranking.scores.shape) != (adapter.info.n_layers, adapter.info.d_mlp):
-        raise ValueError(
-            f"the ranking has scores of shape {list(ranking.scores.shape)}, the model "
-            f"{[adapter.info.n_layers, adapter.info.d_mlp]}; give one score a neuron"
-        )
-    n_nan = int(torch.isnan(ranking.scores).sum())
-    if n_nan:
-        raise ValueError(
-            f"{n_nan} of {ranking.n_neurons} scores by {ranking.by!r} are NaN and cannot be ordered; replace them first"
-        )
 
 
 class _Run:

@@ -9,9 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from neuron_sparsity.adapter import MLPAdapter, attach
+from neuron_sparsity.model_info import otherwise
 from neuron_sparsity.typed import expect, said
 
-__all__ = ["check_windows", "finite", "means_sketch", "measurable", "own_means", "shape_of"]
+__all__ = ["check_ranking", "check_windows", "finite", "means_sketch", "measurable", "own_means", "shape_of"]
 
 _PHI = (1 + 5**0.5) / 2
 _SAME_MEANS = 1e-3  # of their norm: 2e-4 is what half precision makes of them, 1e-1 what a thousand other tokens do
@@ -37,6 +38,29 @@ def measurable(model: Any, windows: Any, **others: Any) -> MLPAdapter:
     for name, text in texts.items():
         check_windows(name, text, adapter)
     return adapter
+
+
+def check_ranking(ranking: Any, adapter: MLPAdapter) -> None:
+    """Refuse a ranking that was not made on this model, or that orders nothing.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is of another model, has not one score a neuron, or a score is NaN.
+    """
+    expect("ranking", ranking, "Ranking")
+    if ranking.model.fingerprint != adapter.info.fingerprint:
+        how = otherwise(ranking.model, adapter.info)
+        raise ValueError(f"the ranking was made on {ranking.model.name} {how}; record this model first")
+    if tuple(ranking.scores.shape) != (adapter.info.n_layers, adapter.info.d_mlp):
+        raise ValueError(
+            f"the ranking has scores of shape {list(ranking.scores.shape)}, the model "
+            f"{[adapter.info.n_layers, adapter.info.d_mlp]}; give one score a neuron"
+        )
+    n_nan = int(torch.isnan(ranking.scores).sum())
+    if n_nan:
+        raise ValueError(
+            f"{n_nan} of {ranking.n_neurons} scores by {ranking.by!r} are NaN and cannot be ordered; replace them first"
+        )
 
 
 def check_windows(name: str, windows: Any, adapter: MLPAdapter | None) -> None:
