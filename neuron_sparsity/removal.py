@@ -43,6 +43,8 @@ _RESOLUTION = 0.01
 _BEYOND = (1.05, 1.12, 1.25)
 _SMALL_BANK = 4096  # neurons
 _PLACED = 0.5  # of the count: two so near each other on few windows are near enough
+_MARGIN = 0.05  # of the way between two counts, in log(count), that the next one keeps from either
+_STUCK = 0.35  # the same, from the one that did not hold, where the last one before it was near
 _PLACING = 5  # counts on few windows
 _BELOW, _BELOW_SHARE = 0.02, 0.2  # of the count; of the way from the nearest one
 _FURTHER = 0.9  # of the target, for each count that did not hold while none has
@@ -202,14 +204,22 @@ class PrefixSearch:
 
         While none was measured on all windows, what few of them say is taken for known.
         """
-        known = {n: self.estimate(n)[0] <= target for n in self.counts() if self.clear(n, target, _SURE)}
         if not self._whole():
-            known = {n: self.estimate(n)[0] <= target for n in self.counts()}
-            low = max((n for n, holds in known.items() if holds), default=0)
-            return low, min((n for n in known if n > low), default=self.total + 1)
+            holds = {n: self.estimate(n)[0] <= target for n in self.counts()}
+            low = max((n for n in holds if holds[n]), default=0)
+            return low, min((n for n in holds if n > low), default=self.total + 1)
         answer = self.answer(target)
-        high = min((n for n, holds in known.items() if n > answer and not holds), default=self.total + 1)
-        return max((n for n, holds in known.items() if n < high and holds), default=0), high
+        high = min((n for n in self.counts() if n > answer and self._side(n, target) > 0), default=self.total + 1)
+        return max((n for n in self.counts() if n < high and self._side(n, target) < 0), default=0), high
+
+    def _side(self, n: int, target: float) -> int:
+        """Return 1 for a count that is known not to hold, -1 for one that is, and 0 where few windows leave it open.
+
+        A correction by a near count that is large enough to change sides is not to be relied on.
+        """
+        side = 1 if self.estimate(n)[0] > target else -1
+        plain = 1 if self.measured.rise(prefix_key(n))[0] > target else -1
+        return side if side == plain and self.clear(n, target, _SURE) else 0
 
     def slope(self, n: int) -> float:
         """Return how steeply log(rise) goes with log(count) below and up to a count: 1 where too little is known."""
@@ -260,8 +270,10 @@ class PrefixSearch:
         known = max(rises, key=lambda n: rises[n]) if rises else 1
         if len(rises) == 2 and 0 < rises[low] < rises[high]:
             crowd = [n for n in self._whole() if low / 1.15 <= n <= 1.15 * high]
+            stuck = any(high < n <= 1.3 * high for n in self._whole())
             share = math.log(target / rises[low]) / math.log(rises[high] / rises[low])
-            root = low * (high / low) ** (0.5 if len(crowd) >= _CROWD else min(max(share, 0.05), 0.95))
+            share = min(max(share, _MARGIN), 1 - (_STUCK if stuck else _MARGIN))
+            root = low * (high / low) ** (0.5 if len(crowd) >= _CROWD else share)
         elif len(rises) == 2 or rises.get(known, 0.0) <= 0:
             root = math.sqrt(max(low, 1) * high) if high <= self.total else 4.0 * max(low, 1)
         else:
