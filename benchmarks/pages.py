@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -25,12 +25,13 @@ def _place(page: str, name: str) -> tuple[int, int]:
     return page.index(before) + len(before), page.index(after)
 
 
-def command(doc: str | None, page: Path, name: str, table: Callable[[], str]) -> None:
-    """Print a table, and put it into its page with `--write`."""
+def command(doc: str | None, page: Path, tables: Callable[[], Mapping[str, str]]) -> None:
+    """Print the tables of a page, and put them into it with `--write`."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
-    given, made = parser.parse_args(), table()
+    given, text = parser.parse_args(), page.read_text(encoding="utf-8")
+    for name, made in tables().items():
+        text = renewed(text, name, made)
+        print(f"{name}\n\n{made}\n")
     if given.write:
-        text = page.read_text(encoding="utf-8")
-        page.write_text(renewed(text, name, made), encoding="utf-8")
-    print(made)
+        page.write_text(text, encoding="utf-8")

@@ -71,4 +71,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    command(__doc__, PAGE, NAME, table)
+    command(__doc__, PAGE, lambda: {NAME: table()})
