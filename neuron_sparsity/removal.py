@@ -171,7 +171,8 @@ class PrefixSearch:
         while (step := self._next(target)) is not None:
             count, n_windows = step
             if not self.answer(target) and self.removals.passes + self._missing(count, n_windows) + 1 > limit:
-                count, n_windows = self._safest(target), self._all  # the last one that can be paid for has to hold
+                safest = self._safest(target)  # the last one that can be paid for has to hold
+                count, n_windows = (safest, self._all) if self._missing(safest) else step
             if self.removals.passes + self._missing(count, n_windows) > limit + 1e-9:
                 return False
             self.removals.prefix(self.text, count, n_windows)
