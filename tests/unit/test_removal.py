@@ -182,7 +182,7 @@ def test_everything_may_go_is_said_only_of_everything_removed() -> None:
     assert searched(falling)[0] == TOTAL
 
 
-@pytest.mark.parametrize("limit", [1.0, 1.5, 2.0, 2.3, 3.0, 4.0, 6.0])
+@pytest.mark.parametrize("limit", [1.0, 1.5, 2.0, 2.5, 2.75, 3.0, 4.0, 6.0])
 def test_a_search_ends_whatever_it_may_cost_where_nothing_may_go(limit: float) -> None:
     made = MadeUp(lambda n: 0.5)
     assert searched(made, limit=limit)[0] == 0
