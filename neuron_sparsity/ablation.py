@@ -10,7 +10,7 @@ them that share passes:
 4. Held-out text: the rise on windows the search never saw, with its 95 % interval (confirmation.py).
 
 All of it costs at most 10 F, one F being a dense forward pass over the calibration part, and 5 F more for each further
-p. Half of that is the search's in any case: many controls or a large held-out part come on top.
+p. Nearly half of that is the search's in any case: many controls or a large held-out part come on top.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PARTIAL = "ablation.partial.json"
 
 _CALIBRATION, _HELDOUT = "calibration", "held-out"
 _MAX_PASSES = (10.0, 5.0)  # for the first p, with the dense passes; for each further one
-_LEAST_SEARCH = (5.0, 2.5)  # of that
+_LEAST_SEARCH = (5.0, 2.25)  # of that
 
 
 @dataclass(frozen=True)
