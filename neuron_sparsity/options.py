@@ -141,7 +141,7 @@ Calibration = Annotated[
 By = Annotated[
     str | None,
     typer.Option(
-        "--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean_shrunk; with zero replacement, fisher."
+        "--ranking", help=f"{', '.join(RANKINGS)}. Default: fisher_mean_shrunk; with zero replacement, fisher_shrunk."
     ),
 ]
 Refine = Annotated[

@@ -205,8 +205,8 @@ def best_ranking(replacement: str, *, gradients: bool = True) -> str:
 
     Example:
         >>> best_ranking("mean"), best_ranking("zero"), best_ranking("mean", gradients=False)
-        ('fisher_mean_shrunk', 'fisher', 'fluctuation')
+        ('fisher_mean_shrunk', 'fisher_shrunk', 'maximum')
     """
     if not gradients:
-        return "rms" if replacement == "zero" else "fluctuation"
-    return "fisher" if replacement == "zero" else DEFAULT_RANKING
+        return "maximum"
+    return "fisher_shrunk" if replacement == "zero" else DEFAULT_RANKING

@@ -103,7 +103,7 @@ def test_results_are_applied_at_every_p_and_stale_ones_are_named(run: Path) -> N
     assert applied.left_out == ()
     stale = found(run, "ablation-p5.json")
     for change, why in (
-        ({"ranking": "rms", "ranking_sha256": "0"}, "ranking rms, not fisher"),
+        ({"ranking": "rms", "ranking_sha256": "0"}, "ranking rms, not fisher_shrunk"),
         ({"ranking_sha256": "0"}, "another order of removal"),
         ({"replacement": "mean"}, "replacement mean, not zero"),
         ({"corpus": stale["corpus"] | {"sha256": "0"}}, "another text"),
@@ -122,7 +122,7 @@ def test_a_stale_p_is_not_taken_for_one_of_this_question(cli: Any, measure: Any,
         cli("prune", run, "--p", "5", "--out", tmp_path / "none").error(),
         measure("damage", "--of", "ablation", "--p", "5", "--out", run).error(),
     ):
-        assert "ablation-p5.json was left by another search (ranking rms, not fisher)" in refused
+        assert "ablation-p5.json was left by another search (ranking rms, not fisher_shrunk)" in refused
     (run / "ablation-p5.json").write_text("{")
     assert "ablation-p5.json cannot be read" in cli("prune", run, "--p", "5", "--out", tmp_path / "none").error()
 
@@ -136,6 +136,6 @@ def test_evaluate_puts_every_p_side_by_side(cli: Any, run: Path, model_folder: C
     assert done.code == 0, done.err
     forms = [form["name"] for form in found(run, "downstream.json")["forms"]]
     assert forms == ["dense", f"{counts[0]} neurons removed at 0.5 %", f"{counts[1]} neurons removed at 5 %"]
-    assert "left out: ablation-p9.json (ranking rms, not fisher)" in done.out.splitlines()
+    assert "left out: ablation-p9.json (ranking rms, not fisher_shrunk)" in done.out.splitlines()
     told = cli("evaluate", model_folder("llama"), "--limit", 8, "--out", run, "--json").json
-    assert told["left_out"] == ["ablation-p9.json (ranking rms, not fisher)"]
+    assert told["left_out"] == ["ablation-p9.json (ranking rms, not fisher_shrunk)"]

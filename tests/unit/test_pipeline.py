@@ -213,7 +213,7 @@ def test_gradients_are_measured_once_and_only_where_a_ranking_needs_them(
     assert steps(ranking=None) == steps(ranking="fisher_mean_shrunk") == []
     assert steps(ranking=None, replacement="zero") == ["removable_sets"]
     found = load_run(run().folder.path)["removed"]
-    assert (found.ranking, found.replacement) == ("fisher", "zero")
+    assert (found.ranking, found.replacement) == ("fisher_shrunk", "zero")
     assert found.ranking_corpus["sha256"] == found.corpus["sha256"] == run(heldout=True).calibration.sha256
 
 
@@ -251,5 +251,5 @@ def test_where_weights_are_away_the_default_needs_no_gradients(
     here = run(heldout=True)
     monkeypatch.setattr(type(here.adapter), "offloaded", True)
     removed = here.ablate(here.record(), p_percent=1.0, **QUESTION | {"ranking": None})
-    assert removed.ranking == "fluctuation"
+    assert removed.ranking == "maximum"
     assert passes == ["record", "removable_sets"]
