@@ -336,7 +336,7 @@ def test_several_p_share_passes(case: SimpleNamespace) -> None:
     assert of_both <= 15
     measured = [{(p["n_removed"], p["ppl"]) for p in found.curve if p["n_tokens"] == 512} for found in (small, large)]
     assert len(measured[0]) > 2
-    assert measured[0] < measured[1]  # every pass of the first serves the second
+    assert measured[0] <= measured[1]  # every pass of the first serves the second
 
 
 def test_the_set_that_holds_is_told_as_it_was_measured(case: SimpleNamespace, own_windows: Any) -> None:
