@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from neuron_sparsity.confirmation import compare, confirm, rise_percent
 from neuron_sparsity.corpus import Windows
 from neuron_sparsity.entry import check_ranking, means_sketch, measurable
 from neuron_sparsity.holding import held_fields
-from neuron_sparsity.overlap import share_text
+from neuron_sparsity.overlap import all_among, share_text
 from neuron_sparsity.perplexity import Progress, default_batch_size
 from neuron_sparsity.ranking import Ranking
 from neuron_sparsity.removal import PrefixSearch, Removals, order_hash
@@ -209,7 +209,7 @@ def removable_sets(
         ranking: Order of removal, made on this model.
         p_percents: Rises of perplexity that are allowed, > 0.
         replacement: `"mean"`, `"zero"` or `"resample"`, which draws from the calibration part.
-        heldout: Windows to confirm on, none of which is among `windows`; then the search takes all of those.
+        heldout: Windows to confirm on, not those that are searched; then the search takes all of `windows`.
         ranked_on: Text that the ranking was made on, if not on the calibration part: the result tells what it has
             seen of the others.
         n_controls: How many random controls, with seeds from `seed` on.
@@ -224,7 +224,7 @@ def removable_sets(
 
     Raises:
         ValueError: If p is not positive, the ranking is of another model or holds NaN, the corpus is one window, or
-            a held-out window is also searched.
+            every held-out window is also searched.
         MeasurementError: If losses are NaN or memory runs out.
         RunFolderError: If the folder cannot be written, or what is kept there is damaged.
     """
@@ -235,8 +235,8 @@ def removable_sets(
         raise ValueError(f"n_controls must be >= 0, got {n_controls}")
     if heldout is None:
         windows, heldout = windows.split(0.5)
-    elif set(map(tuple, heldout.tokens.tolist())) & set(map(tuple, windows.tokens.tolist())):
-        raise ValueError("heldout holds windows that are searched too; give others, or leave it out")
+    elif all_among(heldout, windows):
+        raise ValueError("heldout holds nothing but windows that are searched too; give others, or leave it out")
     replacer = Replacer(
         adapter,
         replacement,
@@ -352,7 +352,7 @@ class _Run:
         control = compare(self.removals, _CALIBRATION, n, seeds, limit - rest + comparing) if n and seeds else None
         heldout = confirm(self.removals, _HELDOUT, n, p_percent, search, limit) if n else None
         if heldout is not None:
-            heldout["unseen_in_search"] = not share_text(self.texts[_HELDOUT], self.texts[_CALIBRATION])
+            heldout["unseen_in_search"] = self._unseen_in_search
             heldout["unseen_by_ranking"] = self._unseen_by_ranking(_HELDOUT)
         return AblationResult(
             p_percent=p_percent,
@@ -383,8 +383,12 @@ class _Run:
         """Whether a text shares nothing with what the ranking was made on; False where that is not known."""
         if self.ranked_on is not None:
             return not share_text(self.texts[text], self.ranked_on)
-        on_calibration = self.ranking.corpus["sha256"] == self.texts[_CALIBRATION].sha256
-        return text == _HELDOUT and on_calibration and not share_text(self.texts[_HELDOUT], self.texts[_CALIBRATION])
+        on_calibration = bool(self.ranking.corpus["sha256"] == self.texts[_CALIBRATION].sha256)
+        return text == _HELDOUT and on_calibration and self._unseen_in_search
+
+    @cached_property
+    def _unseen_in_search(self) -> bool:
+        return not share_text(self.texts[_HELDOUT], self.texts[_CALIBRATION])
 
     def _point(self, search: PrefixSearch, n: int) -> dict[str, float]:
         rise, error = search.estimate(n)

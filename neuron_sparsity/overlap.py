@@ -11,7 +11,7 @@ from jaxtyping import Bool, UInt64
 
 from neuron_sparsity.corpus import Windows
 
-__all__ = ["apart_from", "share_text"]
+__all__ = ["all_among", "apart_from", "share_text"]
 
 _RUN = 16  # tokens
 
@@ -37,6 +37,13 @@ def share_text(first: Windows, second: Windows) -> bool:
     """Return whether some window of one shares text with some window of the other."""
     run = min(_RUN, first.window, second.window)
     return bool(_shared(first, _runs(second, run).ravel(), run).any())
+
+
+def all_among(windows: Windows, others: Windows) -> bool:
+    """Return whether every window is also one of the others, token for token."""
+    if windows.window != others.window:
+        return False
+    return bool(np.isin(_runs(windows, windows.window), _runs(others, others.window)).all())
 
 
 def _shared(windows: Windows, known: UInt64[np.ndarray, " run"], run: int) -> Bool[np.ndarray, " window"]:

@@ -4,8 +4,8 @@ Passes add up (tally.py), so that a search that was interrupted, or that asks fo
 The next step follows from what was measured alone:
 
 1. On few windows, evenly spread, always the same: a handful of counts, from log(rise) against log(count), until the
-   target lies between two that are near each other. Windows differ more than counts do: what the few say is off by
-   tens of percent, and more of them would not pay.
+   target lies between two that are near each other. Windows differ more than counts do: what the few say can be far
+   off, and more of them would not pay.
 2. On all windows, where the target is expected: between the largest count that holds and the smallest above it that
    does not, by the line through both; while there is only one of them, by the slope there, and further the more counts
    did not hold. A little below that place (up to 2 %, by how far it is extrapolated), since a count that holds is an

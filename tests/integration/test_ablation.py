@@ -332,7 +332,7 @@ def test_several_p_share_passes(case: SimpleNamespace) -> None:
     assert [one["n_removable"] for one in large.per_p] == [small.n_removable, large.n_removable]
     alone = removable_neurons(case.adapter, case.windows, case.ranking, p_percent=20.0)
     of_small, of_both, of_large = (found.cost["forward_passes"] for found in (small, large, alone))
-    assert of_both < of_small + of_large  # although what the first leaves of its passes is there for the second
+    assert of_both < of_small + of_large - 1  # although what the first leaves of its passes is there for the second
     assert of_both <= 15
     measured = [{(p["n_removed"], p["ppl"]) for p in found.curve if p["n_tokens"] == 512} for found in (small, large)]
     assert len(measured[0]) > 2

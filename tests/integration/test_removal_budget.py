@@ -96,14 +96,14 @@ def test_a_search_that_found_nothing_spends_what_was_kept_for_shorter_sets(
     found = case.search()
     assert found.n_removable > 0
     assert not found.resolved
-    assert (found.heldout["verdict"], found.heldout["holding_tried"]) != (None, 2)
+    assert found.heldout["holding_tried"] < 2  # what they would have cost went to the search
     shares = found.heldout["corpus"]["n_tokens"] / found.corpus["n_tokens"]
     assert found.cost["forward_passes"] <= 1.9 + 3 / 4 + 4 * shares
 
 
 def test_heldout_text_that_was_searched_is_refused(case: SimpleNamespace) -> None:
     for heldout in (case.windows, case.windows._pick([3], "one of them")):
-        with pytest.raises(ValueError, match="heldout holds windows that are searched too"):
+        with pytest.raises(ValueError, match="heldout holds nothing but windows that are searched too"):
             case.search(heldout=heldout)
 
 
@@ -116,6 +116,8 @@ def test_heldout_text_that_shares_runs_with_the_searched_one_is_said_to(
     other.tokens[2, :20] = case.windows.tokens[7, 5:25]
     found = case.search(heldout=other).heldout
     assert (found["unseen_in_search"], found["unseen_by_ranking"]) == (False, False)
+    other.tokens[2] = case.windows.tokens[7]  # a page that comes twice is no reason to refuse the rest
+    assert not case.search(heldout=other).heldout["unseen_in_search"]
 
 
 def test_on_few_windows_nothing_is_said_to_hold(case: SimpleNamespace) -> None:
