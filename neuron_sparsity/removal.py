@@ -209,18 +209,9 @@ class PrefixSearch:
             holds = {n: self.estimate(n)[0] <= target for n in self.counts()}
             low = max((n for n in holds if holds[n]), default=0)
             return low, min((n for n in holds if n > low), default=self.total + 1)
-        answer = self.answer(target)
-        high = min((n for n in self.counts() if n > answer and self._side(n, target) > 0), default=self.total + 1)
-        return max((n for n in self.counts() if n < high and self._side(n, target) < 0), default=0), high
-
-    def _side(self, n: int, target: float) -> int:
-        """Return 1 for a count that is known not to hold, -1 for one that is, and 0 where few windows leave it open.
-
-        A correction by a near count that is large enough to change sides is not to be relied on.
-        """
-        side = 1 if self.estimate(n)[0] > target else -1
-        plain = 1 if self.measured.rise(prefix_key(n))[0] > target else -1
-        return side if side == plain and self.clear(n, target, _SURE) else 0
+        holds = {n: self.estimate(n)[0] <= target for n in self.counts() if self.clear(n, target, _SURE)}
+        high = min((n for n in holds if n > self.answer(target) and not holds[n]), default=self.total + 1)
+        return max((n for n in holds if n < high and holds[n]), default=0), high
 
     def slope(self, n: int) -> float:
         """Return how steeply log(rise) goes with log(count) below and up to a count: 1 where too little is known."""

@@ -174,6 +174,18 @@ def test_a_curve_that_comes_down_again_nearby_is_noticed() -> None:
     assert curve(found) <= TARGET < curve(found + step_at(found))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plateau_above_the_target_is_not_walked_down_step_by_step(seed: int) -> None:
+    """The line through one count far below and one a little above points at the latter again and again."""
+    low, last = 60 + 5 * seed, 100 + 9 * seed
+
+    def curve(n: int) -> float:
+        return TARGET * (0.1 if n <= low else 0.97 if n <= last else 1.06 + 0.2 * (n / last - 1))
+
+    found, _, _ = searched(MadeUp(curve, scatter=0.5, seed=seed), limit=7.6)
+    assert 0.8 * last < found <= last
+
+
 def test_everything_may_go_is_said_only_of_everything_removed() -> None:
     made = MadeUp(lambda n: 1e-4 * n / TOTAL, scatter=0.01)
     found, resolved, search = searched(made)
